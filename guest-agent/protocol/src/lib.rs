@@ -1,0 +1,32 @@
+//! The protocol between the shim and the agent: one `.proto`, and how a session on the byte channel begins.
+//!
+//! The channel is whatever the VMM offers: a vsock connection under Cloud Hypervisor, a virtio-serial port under
+//! QEMU. Both ends see a plain byte stream, see [`session`].
+
+pub mod session;
+
+/// Generated from `proto/agent.proto`.
+#[allow(missing_docs, clippy::all, clippy::pedantic, clippy::restriction)]
+mod r#gen {
+    include!(concat!(env!("OUT_DIR"), "/gen/mod.rs"));
+}
+
+pub use r#gen::{agent, agent_ttrpc};
+
+/// Spoken by this build. Raised when an old agent would misunderstand a new shim.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// The tag of the virtiofs device.
+pub const SHARE_TAG: &str = "chsnap";
+
+/// Where the guest mounts the share. A container's root is `<SHARE_MOUNT>/<container id>/rootfs`.
+pub const SHARE_MOUNT: &str = "/run/chsnap/share";
+
+/// Name of the virtio-serial port that carries the agent channel under QEMU.
+pub const SERIAL_PORT: &str = "io.chsnap.agent";
+
+/// vsock port on the host (CID 2) to which the agent connects where the guest has a vsock device.
+pub const VSOCK_PORT: u32 = 1024;
+
+/// Largest `data` of a stream message, bytes. Well below ttrpc's limit of 4 MiB a message.
+pub const MAX_CHUNK: usize = 1 << 20;

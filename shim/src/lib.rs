@@ -1,0 +1,7 @@
+//! chsnap: every pod is a microVM.
+//!
+//! Each concern is a room with one door. Data flows one way: `task` (containerd's API) → `sandbox` (a pod's life)
+//! → `share` (its root file systems), `vmm` (the machine), `agent` (the guest). `config` says how.
+//! `docs/architecture.md` follows one `ctr run` through the rooms.
+
+pub mod vmm;

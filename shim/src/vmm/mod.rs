@@ -1,0 +1,115 @@
+//! The machine: the trait every VMM driver fulfils, and the drivers. Nothing outside this room knows which VMM runs.
+
+use std::{fmt, path::PathBuf};
+
+use async_trait::async_trait;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::watch,
+};
+
+mod error;
+
+pub use error::{BootError, ChannelError};
+
+/// Which VMM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmmKind {
+    /// Cloud Hypervisor, v52 or newer; needs KVM.
+    CloudHypervisor,
+    /// QEMU 10 or newer; KVM or TCG.
+    Qemu,
+}
+
+/// What executes the guest's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accelerator {
+    /// The host's KVM.
+    Kvm,
+    /// QEMU's own translation.
+    Tcg,
+}
+
+impl fmt::Display for VmmKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::CloudHypervisor => "cloud-hypervisor",
+            Self::Qemu => "qemu",
+        })
+    }
+}
+
+impl fmt::Display for Accelerator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        })
+    }
+}
+
+/// A machine to be started.
+#[derive(Debug, Clone)]
+pub struct VmSpec {
+    /// vCPUs.
+    pub cpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// Kernel: an ELF vmlinux or an arm64 Image.
+    pub kernel: PathBuf,
+    /// Initial root file system with `vm_init.sh` and the agent.
+    pub initramfs: PathBuf,
+    /// Words appended to the driver's own kernel command line.
+    pub cmdline: Vec<String>,
+    /// virtiofsd's vhost-user socket; it listens already.
+    pub share_socket: PathBuf,
+    /// Directory for the VMM's sockets; exists, belongs to this VM alone, is removed by the caller.
+    pub run_dir: PathBuf,
+    /// cgroup directories (one on v2, one per controller on v1) that the VMM process joins before exec.
+    pub cgroups: Vec<PathBuf>,
+}
+
+/// Why a VM is gone.
+#[derive(Debug, Clone)]
+pub struct VmExit {
+    /// How the VMM process ended, e.g. `exit status: 1` or `signal: 9 (SIGKILL)`.
+    pub status: String,
+    /// True where the guest itself asked for the end (power off, or a panic with `panic=-1`).
+    pub by_guest: bool,
+    /// The last lines the VMM wrote to stderr.
+    pub stderr: String,
+    /// The last lines of the guest's console.
+    pub console: String,
+}
+
+/// Bytes to and from the agent.
+pub trait Channel: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Sync + Unpin> Channel for T {}
+
+/// A VMM that can start machines.
+#[async_trait]
+pub trait Driver: Send + Sync {
+    /// Which one.
+    fn kind(&self) -> VmmKind;
+    /// What it runs the guest on.
+    fn accelerator(&self) -> Accelerator;
+    /// Starts the VMM and the guest's CPUs. When it fails, nothing is left of either.
+    async fn boot(&self, spec: &VmSpec) -> Result<Box<dyn Vm>, BootError>;
+}
+
+/// A machine that runs. Dropping it kills the VMM.
+#[async_trait]
+pub trait Vm: Send + Sync {
+    /// The VMM's process.
+    fn pid(&self) -> u32;
+    /// The byte channel to the agent; waits until there is one. The caller bounds the wait, and watches [`Vm::exited`].
+    async fn channel(&self) -> Result<Box<dyn Channel>, ChannelError>;
+    /// Becomes `Some` once the VMM has ended and been reaped.
+    fn exited(&self) -> watch::Receiver<Option<VmExit>>;
+    /// The last lines of the guest's console, bounded, printable.
+    fn console(&self) -> String;
+    /// Ends the VMM at once and waits for it.
+    async fn kill(&self);
+}
