@@ -4,4 +4,6 @@
 //! → `share` (its root file systems), `vmm` (the machine), `agent` (the guest). `config` says how.
 //! `docs/architecture.md` follows one `ctr run` through the rooms.
 
+pub mod child;
+mod sys;
 pub mod vmm;

@@ -1,0 +1,51 @@
+//! The only room with `unsafe`: what has to happen between fork and exec.
+
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+};
+
+use nix::{
+    fcntl::{FcntlArg, FdFlag, fcntl},
+    sys::{prctl, signal::Signal},
+    unistd,
+};
+use tokio::process::Command;
+
+/// What a child does before exec; everything is prepared, since after fork only async-signal-safe calls are allowed.
+#[derive(Debug)]
+pub(crate) struct BeforeExec {
+    /// Open `cgroup.procs` files, which the child joins.
+    pub cgroups: Vec<OwnedFd>,
+    /// Descriptors the program gets, under their present numbers.
+    pub keep: Vec<OwnedFd>,
+}
+
+/// Installs `before` in `command`. The child also gets a session of its own, so that a terminal's signals pass it
+/// by, and dies with the thread that forks it: spawn only from the shim's main thread.
+pub(crate) fn before_exec(command: &mut Command, before: BeforeExec) {
+    let parent = unistd::getpid();
+    let run = move || -> io::Result<()> {
+        prctl::set_pdeathsig(Signal::SIGKILL)?;
+        // The parent may have died before the line above.
+        if unistd::getppid() != parent {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        unistd::setsid()?;
+        for procs in &before.cgroups {
+            unistd::write(procs, b"0")?;
+        }
+        for fd in &before.keep {
+            fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        }
+        Ok(())
+    };
+    // SAFETY: the closure only makes direct system calls on data that was allocated before the fork; it neither
+    // allocates nor takes locks (nix and io::Error::from(errno | kind) do not).
+    unsafe { command.pre_exec(run) };
+}
+
+/// The number under which `fd` is known to a child that keeps it.
+pub(crate) fn number(fd: &OwnedFd) -> i32 {
+    fd.as_raw_fd()
+}
