@@ -55,7 +55,7 @@ mod tests {
         theirs.set_nonblocking(false).unwrap();
         let theirs: OwnedFd = theirs.into();
         let n = fd_number(&theirs);
-        let mut command = command("/bin/sh", &[], vec![theirs]).unwrap();
+        let mut command = command("/bin/bash", &[], vec![theirs]).unwrap();
         command.arg("-c").arg(format!("read line <&{n}; echo $line $(ps -o sid= -p $$) $$"));
         let mut child = command.spawn().unwrap();
         drop(command);
