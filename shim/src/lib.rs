@@ -4,6 +4,9 @@
 //! → `share` (its root file systems), `vmm` (the machine), `agent` (the guest). `config` says how.
 //! `docs/architecture.md` follows one `ctr run` through the rooms.
 
+pub mod agent;
+pub mod cgroup;
 pub mod child;
+pub mod share;
 mod sys;
 pub mod vmm;

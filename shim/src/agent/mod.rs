@@ -1,0 +1,306 @@
+//! The client of the agent in the guest. The guest is hostile: what it answers is bounded and checked here.
+
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use chsnap_protocol::{
+    MAX_CHUNK, PROTOCOL_VERSION,
+    agent::{
+        ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, CreateProcessResponse, Empty,
+        InfoRequest, InfoResponse, ProcessRef, ReadStreamRequest, ResizeTerminalRequest, SignalProcessRequest,
+        StatsResponse, Stdio, StreamRef, WaitProcessResponse, WriteStreamRequest,
+    },
+    agent_ttrpc::AgentClient,
+    session,
+};
+use thiserror::Error;
+use ttrpc::{Code, asynchronous::transport::Socket, context, context::Context};
+
+use crate::vmm::Channel;
+
+mod pump;
+
+pub use pump::{read_into, write_from};
+
+/// A call to the agent failed.
+#[derive(Debug, Error)]
+pub enum AgentError {
+    /// The channel broke before a session was open.
+    #[error("the agent did not answer the greeting")]
+    Session(#[source] io::Error),
+    /// The agent said no.
+    #[error("{message}")]
+    Refused {
+        /// Why, as ttrpc code.
+        code: Code,
+        /// The agent's words, cut to a bearable length.
+        message: String,
+    },
+    /// No answer: the guest hangs or is gone.
+    #[error("the agent did not answer {call}: {reason}")]
+    Lost {
+        /// Which call.
+        call: &'static str,
+        /// What ttrpc said.
+        reason: String,
+    },
+    /// An answer that makes no sense.
+    #[error("the agent answered {call} with {what}")]
+    Nonsense {
+        /// Which call.
+        call: &'static str,
+        /// What was wrong.
+        what: String,
+    },
+}
+
+impl AgentError {
+    /// True where the agent said that there is no such process, container or file.
+    #[must_use]
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::Refused { code: Code::NOT_FOUND, .. })
+    }
+}
+
+/// Longest text taken from the guest for an error message, bytes.
+const MAX_MESSAGE: usize = 2048;
+
+/// The agent of one VM. Clones share the session.
+#[derive(Clone)]
+pub struct Agent {
+    client: Arc<AgentClient>,
+    deadline: Duration,
+}
+
+impl Agent {
+    /// Opens a session on `channel`. `deadline` bounds each call that does not wait for somebody else.
+    ///
+    /// # Errors
+    /// Where the channel breaks, or the agent does not speak this protocol. The caller bounds the time.
+    pub async fn open(mut channel: Box<dyn Channel>, deadline: Duration) -> Result<(Self, InfoResponse), AgentError> {
+        let number = u64::from(std::process::id()) << 32 ^ now_ns().unsigned_abs();
+        session::open(&mut channel, number).await.map_err(AgentError::Session)?;
+        let client = ttrpc::r#async::Client::new(Socket::new(channel));
+        let agent = Self { client: Arc::new(AgentClient::new(client)), deadline };
+        let request = InfoRequest { protocol_version: PROTOCOL_VERSION, ..Default::default() };
+        let info = agent.client.info(agent.bounded(), &request).await.map_err(failed("Info"))?;
+        Ok((agent, info))
+    }
+
+    fn bounded(&self) -> Context {
+        context::with_duration(self.deadline)
+    }
+
+    /// Makes a container. `spec_json` as in `agent.proto`.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn create_container(
+        &self,
+        container: &str,
+        spec_json: Vec<u8>,
+        stdio: Stdio,
+    ) -> Result<CreateProcessResponse, AgentError> {
+        let request = CreateContainerRequest {
+            container_id: container.into(),
+            spec_json,
+            stdio: Some(stdio).into(),
+            wall_clock_ns: now_ns(),
+            ..Default::default()
+        };
+        self.client.create_container(self.bounded(), &request).await.map_err(failed("CreateContainer"))
+    }
+
+    /// Adds a process to a container.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn create_exec(
+        &self,
+        container: &str,
+        exec: &str,
+        process_json: Vec<u8>,
+        stdio: Stdio,
+    ) -> Result<CreateProcessResponse, AgentError> {
+        let request = CreateExecRequest {
+            container_id: container.into(),
+            exec_id: exec.into(),
+            process_json,
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        };
+        self.client.create_exec(self.bounded(), &request).await.map_err(failed("CreateExec"))
+    }
+
+    /// Starts a created process and tells its pid in the guest.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn start(&self, container: &str, exec: &str) -> Result<u32, AgentError> {
+        let answer = self.client.start_process(self.bounded(), &process(container, exec)).await;
+        Ok(answer.map_err(failed("StartProcess"))?.pid)
+    }
+
+    /// Waits, without bound, for the end of a process.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn wait(&self, container: &str, exec: &str) -> Result<WaitProcessResponse, AgentError> {
+        let answer = self.client.wait_process(Context::default(), &process(container, exec)).await;
+        let answer = answer.map_err(failed("WaitProcess"))?;
+        if answer.exit_status > 255 {
+            let what = format!("exit status {}", answer.exit_status);
+            return Err(AgentError::Nonsense { call: "WaitProcess", what });
+        }
+        Ok(answer)
+    }
+
+    /// Signals a process, or with `all` every process of the container.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn signal(&self, container: &str, exec: &str, signal: u32, all: bool) -> Result<(), AgentError> {
+        let request =
+            SignalProcessRequest { process: Some(process(container, exec)).into(), signal, all, ..Default::default() };
+        self.client.signal_process(self.bounded(), &request).await.map_err(failed("SignalProcess")).map(drop)
+    }
+
+    /// Forgets a process.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn delete_process(&self, container: &str, exec: &str) -> Result<(), AgentError> {
+        let answer = self.client.delete_process(self.bounded(), &process(container, exec)).await;
+        answer.map_err(failed("DeleteProcess")).map(drop)
+    }
+
+    /// Forgets a container.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn delete_container(&self, container: &str) -> Result<(), AgentError> {
+        let request = ContainerRef { container_id: container.into(), ..Default::default() };
+        self.client.delete_container(self.bounded(), &request).await.map_err(failed("DeleteContainer")).map(drop)
+    }
+
+    /// The container's processes, by the guest's numbers.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn pids(&self, container: &str) -> Result<Vec<u32>, AgentError> {
+        let request = ContainerRef { container_id: container.into(), ..Default::default() };
+        Ok(self.client.list_pids(self.bounded(), &request).await.map_err(failed("ListPids"))?.pids)
+    }
+
+    /// The container's resource use.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn stats(&self, container: &str) -> Result<StatsResponse, AgentError> {
+        let request = ContainerRef { container_id: container.into(), ..Default::default() };
+        self.client.stats(self.bounded(), &request).await.map_err(failed("Stats"))
+    }
+
+    /// Sets a terminal's size.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn resize(&self, container: &str, exec: &str, width: u32, height: u32) -> Result<(), AgentError> {
+        let request = ResizeTerminalRequest {
+            process: Some(process(container, exec)).into(),
+            width,
+            height,
+            ..Default::default()
+        };
+        self.client.resize_terminal(self.bounded(), &request).await.map_err(failed("ResizeTerminal")).map(drop)
+    }
+
+    /// Waits, without bound, for bytes of a stream; `None` at its end.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn read(&self, stream: u64, max: usize) -> Result<Option<Vec<u8>>, AgentError> {
+        let max = max.min(MAX_CHUNK);
+        let request = ReadStreamRequest { stream, max: max as u32, ..Default::default() };
+        let answer = self.client.read_stream(Context::default(), &request).await.map_err(failed("ReadStream"))?;
+        match (answer.data.len(), answer.eof) {
+            (0, true) => Ok(None),
+            (n, _) if n > 0 && n <= max => Ok(Some(answer.data)),
+            (n, _) => Err(AgentError::Nonsense { call: "ReadStream", what: format!("{n} bytes where 1 to {max} fit") }),
+        }
+    }
+
+    /// Writes to a stream; answers, without bound, when the guest has taken everything.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn write(&self, stream: u64, data: Vec<u8>) -> Result<(), AgentError> {
+        let request = WriteStreamRequest { stream, data, ..Default::default() };
+        self.client.write_stream(Context::default(), &request).await.map_err(failed("WriteStream")).map(drop)
+    }
+
+    /// Half-closes a stream.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn close_write(&self, stream: u64) -> Result<(), AgentError> {
+        let request = StreamRef { stream, ..Default::default() };
+        self.client.close_stream_write(self.bounded(), &request).await.map_err(failed("CloseStreamWrite")).map(drop)
+    }
+
+    /// Gives a stream up.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn close(&self, stream: u64) -> Result<(), AgentError> {
+        let request = StreamRef { stream, ..Default::default() };
+        self.client.close_stream(self.bounded(), &request).await.map_err(failed("CloseStream")).map(drop)
+    }
+
+    /// Connects to a TCP port of the guest.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn connect_port(&self, port: u16) -> Result<u64, AgentError> {
+        let request = ConnectPortRequest { port: port.into(), ..Default::default() };
+        Ok(self.client.connect_port(self.bounded(), &request).await.map_err(failed("ConnectPort"))?.stream)
+    }
+
+    /// Asks the guest to sync and power off.
+    ///
+    /// # Errors
+    /// See [`AgentError`]; that the channel breaks is what a guest that obeys looks like.
+    pub async fn shutdown(&self) -> Result<(), AgentError> {
+        self.client.shutdown(self.bounded(), &Empty::default()).await.map_err(failed("Shutdown")).map(drop)
+    }
+}
+
+fn process(container: &str, exec: &str) -> ProcessRef {
+    ProcessRef { container_id: container.into(), exec_id: exec.into(), ..Default::default() }
+}
+
+fn failed(call: &'static str) -> impl Fn(ttrpc::Error) -> AgentError {
+    move |error| match error {
+        ttrpc::Error::RpcStatus(status) if status.code() != Code::DEADLINE_EXCEEDED => {
+            AgentError::Refused { code: status.code(), message: printable(&status.message) }
+        }
+        other => AgentError::Lost { call, reason: printable(&other.to_string()) },
+    }
+}
+
+/// The guest's words without control characters, and not more than a person wants to read.
+fn printable(text: &str) -> String {
+    let mut short: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_MESSAGE).collect();
+    if text.len() > short.len() {
+        short.push('…');
+    }
+    short
+}
+
+/// Wall clock, nanoseconds since the epoch.
+fn now_ns() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_nanos()).unwrap_or(i64::MAX))
+}
