@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod cgroup;
 pub mod child;
+pub mod config;
 pub mod share;
 mod sys;
 pub mod vmm;

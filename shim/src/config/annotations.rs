@@ -1,0 +1,181 @@
+//! `io.chsnap.*`: what one container wants otherwise than the configuration says. Annotations come from whoever may
+//! create a pod, so none of them names a path on the host.
+
+use std::collections::HashMap;
+
+use super::{AnnotationError, Expose, MIN_MEMORY, Ready, Size, VmmChoice, error::hint};
+
+const PREFIX: &str = "io.chsnap.";
+
+/// The annotations' names.
+pub struct Annotations;
+
+impl Annotations {
+    /// Number of vCPUs.
+    pub const VCPUS: &str = "io.chsnap.vcpus";
+    /// Memory of the guest, everything in it included.
+    pub const MEMORY: &str = "io.chsnap.memory";
+    /// Which VMM.
+    pub const VMM: &str = "io.chsnap.vmm";
+    /// Ports the host can reach.
+    pub const EXPOSE: &str = "io.chsnap.expose";
+    /// Whether a snapshot may be used.
+    pub const SNAPSHOT: &str = "io.chsnap.snapshot";
+    /// When the process has initialised.
+    pub const READY: &str = "io.chsnap.ready";
+
+    /// All there are.
+    pub const ALL: [&str; 6] = [Self::VCPUS, Self::MEMORY, Self::VMM, Self::EXPOSE, Self::SNAPSHOT, Self::READY];
+
+    /// Reads those that are ours, and refuses what looks like ours and is not.
+    pub fn parse(annotations: &HashMap<String, String>) -> Result<Overrides, AnnotationError> {
+        let mut ours: Vec<_> = annotations.iter().filter(|(name, _)| name.starts_with(PREFIX)).collect();
+        // Of several errors always the same one is reported.
+        ours.sort_unstable();
+        let mut overrides = Overrides::default();
+        for (name, value) in ours {
+            let Some(known) = Self::ALL.into_iter().find(|known| known == name) else {
+                let hint = hint(name, "there are", Self::ALL.into_iter());
+                return Err(AnnotationError::Unknown { name: name.clone(), hint });
+            };
+            overrides.take(known, value.trim()).map_err(|message| AnnotationError::Value {
+                name: known,
+                value: value.clone(),
+                message,
+            })?;
+        }
+        Ok(overrides)
+    }
+}
+
+/// Whether a container may start from a snapshot.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum SnapshotUse {
+    /// Where there is one.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+}
+
+/// What the annotations of one container say; `None` where they say nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Overrides {
+    /// `io.chsnap.vcpus`
+    pub vcpus: Option<u32>,
+    /// `io.chsnap.memory`
+    pub memory: Option<Size>,
+    /// `io.chsnap.vmm`
+    pub vmm: Option<VmmChoice>,
+    /// `io.chsnap.expose`
+    pub expose: Vec<Expose>,
+    /// `io.chsnap.snapshot`
+    pub snapshot: SnapshotUse,
+    /// `io.chsnap.ready`
+    pub ready: Option<Ready>,
+}
+
+impl Overrides {
+    fn take(&mut self, name: &str, value: &str) -> Result<(), String> {
+        match name {
+            Annotations::VCPUS => {
+                let vcpus = value.parse().ok().filter(|vcpus| *vcpus >= 1);
+                self.vcpus = Some(vcpus.ok_or("give a whole number of vCPUs, 1 or more")?);
+            }
+            Annotations::MEMORY => {
+                let memory: Size = value.parse().map_err(|error: super::values::SizeError| error.to_string())?;
+                if memory < MIN_MEMORY {
+                    return Err(format!("too little for a guest; the least is {MIN_MEMORY}"));
+                }
+                self.memory = Some(memory);
+            }
+            Annotations::VMM => {
+                self.vmm = Some(VmmChoice::from_name(value).ok_or("use auto, cloud-hypervisor or qemu")?);
+            }
+            Annotations::EXPOSE => self.expose = Expose::parse_list(value)?,
+            Annotations::SNAPSHOT => {
+                self.snapshot = match value {
+                    "auto" => SnapshotUse::Auto,
+                    "off" => SnapshotUse::Off,
+                    "require" => {
+                        return Err("this version has no snapshots, so none can be required; use auto or off".into());
+                    }
+                    _ => return Err("use auto, off or require".into()),
+                };
+            }
+            Annotations::READY => self.ready = Some(Ready::parse(value)?),
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(pairs: &[(&str, &str)]) -> Result<Overrides, AnnotationError> {
+        Annotations::parse(&pairs.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect())
+    }
+
+    #[test]
+    fn each_annotation_is_taken_and_foreign_ones_are_left() {
+        let overrides = parse(&[
+            ("io.kubernetes.cri.sandbox-id", "x"),
+            ("io.chsnap.vcpus", "2"),
+            ("io.chsnap.memory", "768Mi"),
+            ("io.chsnap.vmm", "qemu"),
+            ("io.chsnap.expose", "8080"),
+            ("io.chsnap.snapshot", "off"),
+            ("io.chsnap.ready", "tcp://:8080"),
+        ])
+        .unwrap();
+        let expected = Overrides {
+            vcpus: Some(2),
+            memory: Some(Size::mib(768)),
+            vmm: Some(VmmChoice::Qemu),
+            expose: vec![Expose { guest_port: 8080, listen: None }],
+            snapshot: SnapshotUse::Off,
+            ready: Some(Ready::Tcp { port: 8080 }),
+        };
+        assert_eq!(overrides, expected);
+        assert_eq!(parse(&[]).unwrap(), Overrides::default());
+    }
+
+    #[test]
+    fn errors_name_annotation_value_and_what_is_allowed() {
+        for (name, value, error) in [
+            ("io.chsnap.vcpu", "2", "annotation io.chsnap.vcpu: unknown; did you mean \"io.chsnap.vcpus\"?"),
+            (
+                "io.chsnap.initramfs",
+                "/x",
+                "annotation io.chsnap.initramfs: unknown; there are: io.chsnap.vcpus, io.chsnap.memory, io.chsnap.vmm, \
+                 io.chsnap.expose, io.chsnap.snapshot, io.chsnap.ready",
+            ),
+            ("io.chsnap.vcpus", "0", "annotation io.chsnap.vcpus = \"0\": give a whole number of vCPUs, 1 or more"),
+            ("io.chsnap.vcpus", "1.5", "annotation io.chsnap.vcpus = \"1.5\": give a whole number of vCPUs, 1 or more"),
+            (
+                "io.chsnap.memory",
+                "512",
+                "annotation io.chsnap.memory = \"512\": \"512\" is not a size: write a number with a unit, such as \
+                 \"512MiB\" or \"2GiB\"",
+            ),
+            (
+                "io.chsnap.memory",
+                "8MiB",
+                "annotation io.chsnap.memory = \"8MiB\": too little for a guest; the least is 64MiB",
+            ),
+            ("io.chsnap.vmm", "xen", "annotation io.chsnap.vmm = \"xen\": use auto, cloud-hypervisor or qemu"),
+            ("io.chsnap.expose", "0", "annotation io.chsnap.expose = \"0\": \"0\": port 0 is not between 1 and 65535"),
+            ("io.chsnap.snapshot", "yes", "annotation io.chsnap.snapshot = \"yes\": use auto, off or require"),
+            (
+                "io.chsnap.snapshot",
+                "require",
+                "annotation io.chsnap.snapshot = \"require\": this version has no snapshots, so none can be required; \
+                 use auto or off",
+            ),
+        ] {
+            assert_eq!(parse(&[(name, value)]).unwrap_err().to_string(), error);
+        }
+    }
+}

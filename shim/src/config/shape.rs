@@ -1,0 +1,198 @@
+//! How large a guest becomes: an annotation before the OCI limits before the configured default.
+
+use std::{fs, io};
+
+use nix::unistd::{SysconfVar, sysconf};
+use oci_spec::runtime::LinuxResources;
+
+use super::{Annotations, Config, MIN_MEMORY, Overrides, ShapeError, Size};
+
+/// A guest's size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// vCPUs.
+    pub vcpus: u32,
+    /// MiB.
+    pub memory_mib: u64,
+}
+
+/// The host's size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Host {
+    /// Online CPUs.
+    pub cpus: u32,
+    /// All memory, used or not.
+    pub memory: Size,
+}
+
+impl Host {
+    /// Asks the kernel.
+    pub fn read() -> Result<Self, ShapeError> {
+        let cpus = sysconf(SysconfVar::_NPROCESSORS_ONLN).map_err(io::Error::from).and_then(|cpus| {
+            cpus.and_then(|cpus| u32::try_from(cpus).ok()).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
+        });
+        let from = "/proc/meminfo";
+        let memory = fs::read_to_string(from)
+            .and_then(|text| total_memory(&text).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData)));
+        Ok(Self {
+            cpus: cpus.map_err(|source| ShapeError::Host { from: "sysconf(_SC_NPROCESSORS_ONLN)", source })?,
+            memory: memory.map_err(|source| ShapeError::Host { from, source })?,
+        })
+    }
+}
+
+fn total_memory(meminfo: &str) -> Option<Size> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(Size::bytes(kib.checked_mul(1024)?))
+}
+
+impl Shape {
+    /// The shape of a container's guest on this host.
+    pub fn of(config: &Config, overrides: &Overrides, limits: Option<&LinuxResources>) -> Result<Self, ShapeError> {
+        Self::on(Host::read()?, config, overrides, limits)
+    }
+
+    /// The shape of a container's guest on that host.
+    pub fn on(
+        host: Host,
+        config: &Config,
+        overrides: &Overrides,
+        limits: Option<&LinuxResources>,
+    ) -> Result<Self, ShapeError> {
+        Ok(Self {
+            vcpus: vcpus(host, config, overrides, limits)?,
+            memory_mib: memory(host, config, overrides, limits)?.as_mib(),
+        })
+    }
+}
+
+fn vcpus(
+    host: Host,
+    config: &Config,
+    overrides: &Overrides,
+    limits: Option<&LinuxResources>,
+) -> Result<u32, ShapeError> {
+    let quota = limits.and_then(|limits| limits.cpu().as_ref()).and_then(|cpu| {
+        let quota = cpu.quota().and_then(|quota| u64::try_from(quota).ok()).filter(|quota| *quota > 0)?;
+        // The kernel's own period where none is given.
+        let period = cpu.period().filter(|period| *period > 0).unwrap_or(100_000);
+        Some((quota, period))
+    });
+    let (asked, asked_by) = match (overrides.vcpus, quota) {
+        (Some(vcpus), _) => (u64::from(vcpus), format!("the annotation {}", Annotations::VCPUS)),
+        (None, Some((quota, period))) => {
+            (quota.div_ceil(period), format!("the CPU limit (quota {quota}, period {period})"))
+        }
+        (None, None) => (u64::from(config.guest.default_vcpus), "guest.default_vcpus".into()),
+    };
+    let (allowed, limited_by) = match config.guest.max_vcpus {
+        0 => (host.cpus, "the number of host CPUs"),
+        max => (max, "guest.max_vcpus"),
+    };
+    u32::try_from(asked).ok().filter(|vcpus| *vcpus <= allowed).ok_or(ShapeError::Vcpus {
+        asked,
+        asked_by,
+        allowed,
+        limited_by,
+    })
+}
+
+fn memory(
+    host: Host,
+    config: &Config,
+    overrides: &Overrides,
+    limits: Option<&LinuxResources>,
+) -> Result<Size, ShapeError> {
+    let guest = &config.guest;
+    let limit = limits
+        .and_then(|limits| limits.memory().as_ref())
+        .and_then(|memory| memory.limit())
+        .and_then(|bytes| u64::try_from(bytes).ok())
+        .filter(|bytes| *bytes > 0)
+        .map(Size::bytes);
+    let (asked, asked_by) = match (overrides.memory, limit) {
+        (Some(memory), _) => (memory, format!("the annotation {}", Annotations::MEMORY)),
+        (None, Some(limit)) => (
+            limit.saturating_add(guest.memory_overhead).max(MIN_MEMORY),
+            format!("the memory limit of {limit} with guest.memory_overhead = {}", guest.memory_overhead),
+        ),
+        (None, None) => (guest.default_memory, "guest.default_memory".into()),
+    };
+    let (allowed, limited_by) = match guest.max_memory {
+        Size::ZERO => (host.memory, "the host's memory"),
+        max => (max, "guest.max_memory"),
+    };
+    if asked > allowed {
+        return Err(ShapeError::Memory { asked, asked_by, allowed, limited_by });
+    }
+    Ok(asked)
+}
+
+#[cfg(test)]
+mod tests {
+    use oci_spec::runtime::{LinuxCpuBuilder, LinuxMemoryBuilder, LinuxResourcesBuilder};
+
+    use super::*;
+
+    const HOST: Host = Host { cpus: 4, memory: Size::mib(4096) };
+
+    fn limits(quota: i64, period: u64, memory: i64) -> LinuxResources {
+        LinuxResourcesBuilder::default()
+            .cpu(LinuxCpuBuilder::default().quota(quota).period(period).build().unwrap())
+            .memory(LinuxMemoryBuilder::default().limit(memory).build().unwrap())
+            .build()
+            .unwrap()
+    }
+
+    fn shape(overrides: &Overrides, limits: Option<&LinuxResources>) -> Result<(u32, u64), String> {
+        Shape::on(HOST, &Config::default(), overrides, limits)
+            .map(|shape| (shape.vcpus, shape.memory_mib))
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn annotation_before_limits_before_default() {
+        let none = Overrides::default();
+        assert_eq!(shape(&none, None), Ok((1, 512)));
+        assert_eq!(shape(&none, Some(&limits(150_000, 100_000, 256 << 20))), Ok((2, 320)));
+        assert_eq!(shape(&none, Some(&limits(50_000, 0, (256 << 20) + 1))), Ok((1, 321)));
+        // -1 is "no limit".
+        assert_eq!(shape(&none, Some(&limits(-1, 100_000, -1))), Ok((1, 512)));
+        let both = Overrides { vcpus: Some(3), memory: Some(Size::mib(100)), ..none };
+        assert_eq!(shape(&both, Some(&limits(150_000, 100_000, 256 << 20))), Ok((3, 100)));
+    }
+
+    #[test]
+    fn what_cannot_be_met_says_what_there_is() {
+        let none = Overrides::default();
+        assert_eq!(
+            shape(&Overrides { vcpus: Some(5), ..none.clone() }, None).unwrap_err(),
+            "the annotation io.chsnap.vcpus asks for 5 vCPUs, but the number of host CPUs allows 4"
+        );
+        assert_eq!(
+            shape(&none, Some(&limits(i64::MAX, 1, -1))).unwrap_err(),
+            "the CPU limit (quota 9223372036854775807, period 1) asks for 9223372036854775807 vCPUs, but the number of \
+             host CPUs allows 4"
+        );
+        assert_eq!(
+            shape(&none, Some(&limits(-1, 1, 4096 << 20))).unwrap_err(),
+            "the memory limit of 4GiB with guest.memory_overhead = 64MiB asks for a guest with 4160MiB of memory, but \
+             the host's memory allows 4GiB"
+        );
+        assert!(shape(&none, Some(&limits(-1, 1, i64::MAX))).is_err());
+        let mut config = Config::default();
+        config.guest.max_memory = Size::mib(1024);
+        let asked = Overrides { memory: Some(Size::mib(2048)), ..none };
+        assert_eq!(
+            Shape::on(HOST, &config, &asked, None).unwrap_err().to_string(),
+            "the annotation io.chsnap.memory asks for a guest with 2GiB of memory, but guest.max_memory allows 1GiB"
+        );
+    }
+
+    #[test]
+    fn this_host_has_a_size() {
+        let host = Host::read().unwrap();
+        assert!(host.cpus >= 1 && host.memory > Size::mib(64), "{host:?}");
+    }
+}
