@@ -10,4 +10,5 @@ pub mod child;
 pub mod config;
 pub mod share;
 mod sys;
+pub mod state;
 pub mod vmm;
