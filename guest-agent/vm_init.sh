@@ -1,0 +1,68 @@
+#!/bin/sh
+# The guest's /init: makes the kernel's file systems and the virtiofs root available, then becomes
+# the agent. Runs under busybox from the initramfs. Kept to few processes, for each costs
+# milliseconds in an emulated guest.
+#
+# A step that fails puts one line "chsnap-init: fatal: <step>: <what>" on the console and powers
+# the VM off, so that the host reads the reason instead of waiting for its deadline.
+
+export PATH=/bin:/sbin
+
+fatal() {
+  # Through the kernel's log, because that reaches the serial port before power-off; the plain
+  # console is for the time before /dev is mounted.
+  line="chsnap-init: fatal: $1: $2"
+  { echo "<0>$line" >/dev/kmsg; } 2>/dev/null || echo "$line"
+  poweroff -f
+  # The caller (pid 1) must never go on.
+  exec sleep 1000000
+}
+
+# try <step> <command...>: its error output is the reason that is reported.
+try() {
+  step=$1
+  shift
+  reason=$("$@" 2>&1) || fatal "$step" "${reason:-$* failed}"
+}
+
+try proc mount -t proc -o nosuid,nodev,noexec proc /proc
+try sys mount -t sysfs -o nosuid,nodev,noexec sysfs /sys
+try dev mount -t devtmpfs -o nosuid,mode=0755 devtmpfs /dev
+try dev mkdir /dev/pts /dev/shm
+try devpts mount -t devpts -o nosuid,noexec,gid=5,mode=620,ptmxmode=666 devpts /dev/pts
+try cgroup mount -t cgroup2 -o nosuid,nodev,noexec cgroup2 /sys/fs/cgroup
+
+# The agent limits and measures containers with these; a kernel may lack some.
+read -r controllers </sys/fs/cgroup/cgroup.controllers
+for c in cpu memory pids io; do
+  case " $controllers " in
+    *" $c "*) echo "+$c" >/sys/fs/cgroup/cgroup.subtree_control || fatal cgroup "cannot enable the controller $c" ;;
+  esac
+done
+
+# Modules are listed with what they are for: the id of a virtio device that must be there, or a
+# word in chsnap.modules= on the kernel command line.
+wanted=
+for device in /sys/bus/virtio/devices/*/modalias; do
+  if read -r alias 2>/dev/null <"$device"; then
+    alias=${alias#virtio:}
+    wanted="$wanted ${alias%v*}"
+  fi
+done
+read -r cmdline </proc/cmdline
+for option in $cmdline; do
+  case $option in
+    chsnap.modules=*) wanted="$wanted $(echo "${option#*=}" | tr , ' ')" ;;
+  esac
+done
+while read -r key module; do
+  case " $wanted " in
+    *" $key "*) [ -d "/sys/module/$(basename "$module" .ko)" ] || try module insmod "$module" ;;
+  esac
+done </etc/modules.load
+
+try loopback ip link set lo up
+try share mount -t virtiofs -o nodev,relatime chsnap /run/chsnap/share
+
+exec /sbin/chsnap-agent
+fatal agent "cannot execute /sbin/chsnap-agent"

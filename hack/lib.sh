@@ -1,0 +1,120 @@
+# shellcheck shell=bash
+# Shared by the scripts in hack/: messages, logs, the lock, stamps. Sourced, never run.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# Everything that is made goes below TARGET; nothing else on the machine is written to,
+# except for packages that `setup.sh packages` has to install.
+TARGET=${CHSNAP_TARGET:-$ROOT/target}
+mkdir -p "$TARGET"
+TARGET=$(cd "$TARGET" && pwd -P)
+LOGS=$TARGET/logs
+TOOLS=$TARGET/tools
+BIN=$TOOLS/bin
+mkdir -p "$LOGS" "$BIN"
+export CHSNAP_TARGET=$TARGET
+
+say() { printf '%s\n' "chsnap: $*" >&2; }
+die() {
+  printf '%s\n' "chsnap: error: $*" >&2
+  exit 1
+}
+
+# step <log name> <what, for a person> <command...>
+# Runs a long command with its output in target/logs/<log name>.log and shows the end of that log
+# when the command fails.
+step() {
+  local name=$1 what=$2 log start rc=0
+  shift 2
+  log=$LOGS/$name.log
+  start=$SECONDS
+  say "$what ..."
+  "$@" >"$log" 2>&1 </dev/null || rc=$?
+  if [ "$rc" -ne 0 ]; then
+    say "$what: failed with status $rc after $((SECONDS - start)) s; the end of $log:"
+    tail -n 25 "$log" | sed 's/^/    /' >&2
+    return "$rc"
+  fi
+  [ $((SECONDS - start)) -lt 3 ] || say "$what: done in $((SECONDS - start)) s"
+}
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# Debian's name for this machine's architecture, without needing dpkg.
+host_arch() {
+  case $(uname -m) in
+    x86_64) echo amd64 ;;
+    aarch64) echo arm64 ;;
+    *) die "no support for the architecture $(uname -m): chsnap knows x86_64 and aarch64" ;;
+  esac
+}
+
+# Rust's name for a Debian architecture.
+rust_triple() {
+  case $1 in
+    amd64) echo x86_64-unknown-linux-gnu ;;
+    arm64) echo aarch64-unknown-linux-gnu ;;
+    *) die "no Rust target is known for the architecture $1" ;;
+  esac
+}
+
+# GNU's name for a Debian architecture, as in /usr/lib/<it>.
+multiarch() {
+  case $1 in
+    amd64) echo x86_64-linux-gnu ;;
+    arm64) echo aarch64-linux-gnu ;;
+    *) die "no library directory is known for the architecture $1" ;;
+  esac
+}
+
+# One set-up at a time: two would unpack over each other. Scripts started by the holder inherit
+# the lock through CHSNAP_LOCKED, so they don't wait for their own parent. Whatever is started to
+# outlive the script must be started with `9>&-`.
+take_lock() {
+  [ "${CHSNAP_LOCKED:-}" != "$TARGET" ] || return 0
+  exec 9>"$TARGET/.setup.lock"
+  if ! flock -n 9; then
+    say "another run works in $TARGET; waiting for it"
+    flock 9
+  fi
+  export CHSNAP_LOCKED=$TARGET
+}
+
+drop_lock() {
+  [ "${CHSNAP_LOCKED:-}" = "$TARGET" ] || return 0
+  exec 9>&-
+  unset CHSNAP_LOCKED
+}
+
+# Stamps make steps idempotent: a step is repeated when the digest of its inputs changes.
+#   if ! stamped kernel "$digest"; then ...; stamp kernel "$digest"; fi
+stamped() { [ "$(cat "$TARGET/stamps/$1" 2>/dev/null)" = "$2" ]; }
+stamp() {
+  mkdir -p "$TARGET/stamps"
+  printf '%s\n' "$2" >"$TARGET/stamps/$1"
+}
+
+# digest <file|string...>: one digest over files (by content) and strings.
+digest() {
+  local a
+  for a in "$@"; do
+    if [ -f "$a" ]; then sha256sum <"$a"; else printf '%s\n' "$a"; fi
+  done | sha256sum | cut -c1-32
+}
+
+# version_ge 10.0.2 10: is the first at least the second?
+version_ge() { [ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1)" = "$2" ]; }
+
+# Debian's codename of this machine, e.g. bookworm.
+codename() {
+  # shellcheck source=/dev/null
+  (. /etc/os-release && printf '%s\n' "${VERSION_CODENAME:-unknown}")
+}
+
+# The directory in which Debian's version of this machine has no newer stable: used to choose
+# where QEMU 10 and the 6.12 kernel come from.
+newer_suite() {
+  case $(codename) in
+    bookworm) echo bookworm-backports ;;
+    *) echo trixie ;;
+  esac
+}

@@ -1,0 +1,177 @@
+#!/bin/bash
+# Brings in what building and running chsnap needs: setup.sh [all | <part>...]
+# Every part is idempotent and cheap when it is already done. Parts: see the end of this file.
+set -euo pipefail
+# shellcheck source=hack/lib.sh
+. "$(dirname "$0")/lib.sh"
+# shellcheck source=hack/apt.sh
+. "$ROOT/hack/apt.sh"
+
+VIRTIOFSD_VERSION=1.14.0
+CARGO_DENY_VERSION=0.18.5
+RUST_VERSION=$(sed -n 's/^rust-version *= *"\([0-9.]*\)".*/\1/p' "$ROOT/Cargo.toml" 2>/dev/null || true)
+RUST_VERSION=${RUST_VERSION:-1.85}
+
+# Command or file, and the Debian package that brings it. Only what is missing is installed.
+part_packages() {
+  local missing=() line what package
+  [ "$(id -u)" = 0 ] || die "run this as root: a runtime for containerd mounts file systems"
+  [ -f /etc/debian_version ] || die "this set-up knows Debian 12 and 13 only; see README.md for what chsnap needs"
+  while read -r what package; do
+    case $what in
+      /*) [ -e "$what" ] || missing+=("$package") ;;
+      *) have "$what" || missing+=("$package") ;;
+    esac
+  done <<LIST
+gcc gcc
+make make
+pkg-config pkg-config
+/usr/lib/$(multiarch "$(host_arch)")/pkgconfig/libseccomp.pc libseccomp-dev
+/usr/lib/$(multiarch "$(host_arch)")/pkgconfig/libcap-ng.pc libcap-ng-dev
+/usr/bin/python3 python3
+curl curl
+ip iproute2
+jq jq
+mke2fs e2fsprogs
+mmdebstrap mmdebstrap
+protoc protobuf-compiler
+shellcheck shellcheck
+xz xz-utils
+zstd zstd
+flock util-linux
+/etc/ssl/certs/ca-certificates.crt ca-certificates
+LIST
+  [ ${#missing[@]} -gt 0 ] || return 0
+  for line in "${missing[@]}"; do say "missing: $line"; done
+  step apt-update "reading the machine's package lists" apt-get update || die "apt-get update failed"
+  DEBIAN_FRONTEND=noninteractive step apt-install "installing ${missing[*]}" \
+    apt-get install -y --no-install-recommends --no-upgrade "${missing[@]}" ||
+    die "could not install ${missing[*]}"
+}
+
+# The version a program reports; nothing when it is missing or does not run.
+cargo_version() { { "$1" --version 2>/dev/null || true; } | sed -n 's/^cargo \([0-9.]*\).*/\1/p'; }
+
+# Debian 13 has Rust 1.85. Debian 12's own is 1.63, but its updates carry a current toolchain for
+# building browsers, in packages called rustc-web and cargo-web that install beside it.
+part_rust() {
+  local v package
+  v=$(cargo_version cargo)
+  if [ -n "$v" ] && version_ge "$v" "$RUST_VERSION"; then return 0; fi
+  if [ -x "$TOOLS/rust/usr/bin/cargo" ] && [ -x "$BIN/cargo" ]; then return 0; fi
+  say "cargo is ${v:-missing}, $RUST_VERSION is needed"
+  case $(codename) in
+    bookworm) package="cargo-web rustc-web" ;;
+    *) package="cargo rustc rustfmt rust-clippy" ;;
+  esac
+  # Installed rather than unpacked: rustc looks for its libraries in the paths it was built for.
+  step apt-update "reading the machine's package lists" apt-get update || die "apt-get update failed"
+  # shellcheck disable=SC2086 # a list of packages
+  DEBIAN_FRONTEND=noninteractive step apt-install-rust "installing $package" \
+    apt-get install -y --no-install-recommends $package || die "could not install $package"
+  hash -r
+  v=$(cargo_version cargo)
+  if [ -z "$v" ] || ! version_ge "$v" "$RUST_VERSION"; then
+    die "no cargo >= $RUST_VERSION after installing $package: install Rust with rustup, then run this again"
+  fi
+}
+
+qemu_version() { { "$1" --version 2>/dev/null || true; } | sed -n 's/^QEMU emulator version \([0-9.]*\).*/\1/p'; }
+
+# wrapper <directory of unpacked packages> <binary>: QEMU finds its own libraries and firmware.
+# It execs, so the process id is QEMU's, and it is plain sh, so it costs a millisecond.
+qemu_wrapper() {
+  local dir=$1 binary=$2 arch lib
+  arch=$(multiarch "$(host_arch)")
+  lib=$dir/usr/lib/$arch
+  cat >"$BIN/$binary.new" <<WRAPPER
+#!/bin/sh
+export LD_LIBRARY_PATH="$lib:$dir/lib/$arch\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}" QEMU_MODULE_DIR="$lib/qemu"
+exec "$dir/usr/bin/$binary" -L "$dir/usr/share/qemu" -L "$dir/usr/share/seabios" -L "$dir/usr/lib/ipxe/qemu" "\$@"
+WRAPPER
+  chmod 755 "$BIN/$binary.new"
+  mv "$BIN/$binary.new" "$BIN/$binary"
+}
+
+# qemu_for <binary> <package> <name below target/tools>
+qemu_for() {
+  local binary=$1 package=$2 dir=$TOOLS/$3 v
+  # The one that setup took before, or the system's where it is new enough.
+  v=$(qemu_version "$BIN/$binary")
+  if [ -n "$v" ] && version_ge "$v" 10; then return 0; fi
+  v=$(qemu_version "$binary")
+  if [ -n "$v" ] && version_ge "$v" 10; then
+    ln -sfn "$(command -v "$binary")" "$BIN/$binary"
+    say "QEMU: the system's, $v"
+    return 0
+  fi
+  fetch_debs "$(newer_suite)" "$(host_arch)" "$dir" deps "$package"
+  qemu_wrapper "$dir" "$binary"
+  v=$(qemu_version "$BIN/$binary")
+  if [ -z "$v" ] || ! version_ge "$v" 10; then
+    "$BIN/$binary" --version || true
+    die "the unpacked QEMU in $dir does not run or is too old (${v:-no version}); 10 or newer is needed"
+  fi
+  say "QEMU: $v in $dir"
+}
+
+part_qemu() {
+  case $(host_arch) in
+    amd64) qemu_for qemu-system-x86_64 qemu-system-x86 qemu ;;
+    arm64) qemu_for qemu-system-aarch64 qemu-system-arm qemu ;;
+  esac
+}
+
+# Only for `make test-node`: a machine of the other kind, emulated.
+part_qemu_arm64() { qemu_for qemu-system-aarch64 qemu-system-arm qemu-arm64; }
+
+# Debian 12's virtiofsd is the old one in C, newer suites' need a newer C library.
+part_virtiofsd() {
+  if [ "$("$BIN/virtiofsd" --version 2>/dev/null)" = "virtiofsd $VIRTIOFSD_VERSION" ]; then return 0; fi
+  step virtiofsd "building virtiofsd $VIRTIOFSD_VERSION (some minutes)" \
+    cargo install virtiofsd --version "$VIRTIOFSD_VERSION" --locked --force --root "$TOOLS/virtiofsd" ||
+    die "virtiofsd $VIRTIOFSD_VERSION could not be built"
+  ln -sfn ../virtiofsd/bin/virtiofsd "$BIN/virtiofsd"
+}
+
+# containerd_from <suite> <version wanted> <name below target/tools>
+containerd_from() {
+  local suite=$1 want=$2 dir=$TOOLS/containerd-$2 v
+  if [ -x "$dir/bin/containerd" ] && "$dir/bin/containerd" --version >/dev/null 2>&1; then return 0; fi
+  fetch_debs "$suite" "$(host_arch)" "$dir" alone containerd
+  ln -sfn usr/bin "$dir/bin"
+  v=$("$dir/bin/containerd" --version | awk '{ print $3 }') || die "containerd of $suite does not run on this machine"
+  case ${v#v} in
+    "$want".*) say "containerd $v in $dir" ;;
+    *) say "note: $suite now has containerd $v where $want was expected; the newest is taken" ;;
+  esac
+}
+
+part_containerd() {
+  containerd_from bookworm 1.6
+  containerd_from sid 2.1
+  if [ ! -x "$BIN/runc" ]; then
+    fetch_debs bookworm "$(host_arch)" "$TOOLS/runc" alone runc
+    ln -sfn ../runc/usr/sbin/runc "$BIN/runc"
+    say "runc: $("$BIN/runc" --version | head -n 1)"
+  fi
+}
+
+part_cargo_deny() {
+  if "$BIN/cargo-deny" --version >/dev/null 2>&1; then return 0; fi
+  step cargo-deny "building cargo-deny $CARGO_DENY_VERSION (some minutes)" \
+    cargo install cargo-deny --version "$CARGO_DENY_VERSION" --locked --root "$TOOLS/cargo-deny" ||
+    die "cargo-deny could not be built"
+  ln -sfn ../cargo-deny/bin/cargo-deny "$BIN/cargo-deny"
+}
+
+PARTS="packages rust qemu virtiofsd containerd"
+
+take_lock
+[ $# -gt 0 ] && [ "$1" != all ] || eval "set -- $PARTS"
+for part in "$@"; do
+  case $part in
+    packages | rust | qemu | qemu-arm64 | virtiofsd | containerd | cargo-deny) "part_${part//-/_}" ;;
+    *) die "setup.sh: no part '$part'; there are: $PARTS qemu-arm64 cargo-deny" ;;
+  esac
+done
