@@ -7,11 +7,14 @@ APT=$TARGET/apt
 
 # apt_config <suite> <arch>: prints the configuration file for it, making it when missing.
 apt_config() {
-  local suite=$1 arch=$2 dir=$APT/$1-$2 suites
-  if [ ! -f "$dir/apt.conf" ]; then
+  local suite=$1 arch=$2 dir=$APT/$1-$2 suites prefer=
+  if [ ! -f "$dir/apt.conf" ] || [ "$ROOT/hack/apt.sh" -nt "$dir/apt.conf" ]; then
     case $suite in
-      # Backports depend on packages of the release they are for.
-      *-backports) suites="$suite ${suite%-backports} ${suite%-backports}-security" ;;
+      # Backports depend on packages of the release they are for, and apt takes them only if told.
+      *-backports)
+        suites="$suite ${suite%-backports} ${suite%-backports}-security"
+        prefer="APT::Default-Release \"$suite\";"
+        ;;
       sid) suites=sid ;;
       *) suites="$suite $suite-security" ;;
     esac
@@ -39,7 +42,7 @@ Dir::Etc::preferencesparts "$dir/empty";
 #clear APT::Architectures;
 APT::Architecture "$arch";
 APT::Architectures { "$arch"; };
-APT::Default-Release "$suite";
+$prefer
 APT::Sandbox::User "root";
 Acquire::Languages "none";
 Acquire::IndexTargets::deb::DEP-11::DefaultEnabled "false";

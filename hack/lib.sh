@@ -12,6 +12,8 @@ TOOLS=$TARGET/tools
 BIN=$TOOLS/bin
 mkdir -p "$LOGS" "$BIN"
 export CHSNAP_TARGET=$TARGET
+# Where setup.sh had to bring a Rust of its own; see part_rust there.
+[ ! -d "$TOOLS/rust/bin" ] || PATH=$TOOLS/rust/bin:$PATH
 
 say() { printf '%s\n' "chsnap: $*" >&2; }
 die() {

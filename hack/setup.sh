@@ -10,7 +10,7 @@ set -euo pipefail
 VIRTIOFSD_VERSION=1.14.0
 CARGO_DENY_VERSION=0.18.5
 RUST_VERSION=$(sed -n 's/^rust-version *= *"\([0-9.]*\)".*/\1/p' "$ROOT/Cargo.toml" 2>/dev/null || true)
-RUST_VERSION=${RUST_VERSION:-1.85}
+RUST_VERSION=${RUST_VERSION:-1.88}
 
 # Command or file, and the Debian package that brings it. Only what is missing is installed.
 part_packages() {
@@ -34,7 +34,6 @@ ip iproute2
 jq jq
 mke2fs e2fsprogs
 mmdebstrap mmdebstrap
-protoc protobuf-compiler
 shellcheck shellcheck
 xz xz-utils
 zstd zstd
@@ -52,28 +51,34 @@ LIST
 # The version a program reports; nothing when it is missing or does not run.
 cargo_version() { { "$1" --version 2>/dev/null || true; } | sed -n 's/^cargo \([0-9.]*\).*/\1/p'; }
 
-# Debian 13 has Rust 1.85. Debian 12's own is 1.63, but its updates carry a current toolchain for
-# building browsers, in packages called rustc-web and cargo-web that install beside it.
+# The releases' own Rust is older (1.63 in Debian 12, 1.85 in 13), but their security updates carry
+# a current one for building browsers: rustc-web and cargo-web. Those conflict with rustc and cargo,
+# so they are unpacked rather than installed. A cargo that is new enough, such as rustup's, is used
+# as it is.
 part_rust() {
-  local v package
+  local v dir=$TOOLS/rust lib program
   v=$(cargo_version cargo)
   if [ -n "$v" ] && version_ge "$v" "$RUST_VERSION"; then return 0; fi
-  if [ -x "$TOOLS/rust/usr/bin/cargo" ] && [ -x "$BIN/cargo" ]; then return 0; fi
-  say "cargo is ${v:-missing}, $RUST_VERSION is needed"
-  case $(codename) in
-    bookworm) package="cargo-web rustc-web" ;;
-    *) package="cargo rustc rustfmt rust-clippy" ;;
-  esac
-  # Installed rather than unpacked: rustc looks for its libraries in the paths it was built for.
-  step apt-update "reading the machine's package lists" apt-get update || die "apt-get update failed"
-  # shellcheck disable=SC2086 # a list of packages
-  DEBIAN_FRONTEND=noninteractive step apt-install-rust "installing $package" \
-    apt-get install -y --no-install-recommends $package || die "could not install $package"
+  say "cargo is ${v:-missing} and $RUST_VERSION is needed: taking the distribution's newest"
+  fetch_debs "$(codename)" "$(host_arch)" "$dir" deps cargo-web rustc-web rustfmt-web rust-web-clippy
+  lib=$dir/usr/lib/$(multiarch "$(host_arch)")
+  mkdir -p "$dir/bin"
+  for program in "$dir"/usr/bin/{cargo,rustc,rustdoc,rustfmt,cargo-fmt,cargo-clippy,clippy-driver}; do
+    cat >"$dir/bin/${program##*/}" <<WRAPPER
+#!/bin/sh
+export LD_LIBRARY_PATH="$dir/usr/lib:$lib:$dir/lib/${lib##*/}\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}"
+exec "$program" "\$@"
+WRAPPER
+    chmod 755 "$dir/bin/${program##*/}"
+  done
+  # lib.sh has put this directory first in PATH, if it existed then.
+  PATH=$dir/bin:$PATH
   hash -r
   v=$(cargo_version cargo)
   if [ -z "$v" ] || ! version_ge "$v" "$RUST_VERSION"; then
-    die "no cargo >= $RUST_VERSION after installing $package: install Rust with rustup, then run this again"
+    die "cargo of $(codename) is ${v:-not runnable}, not $RUST_VERSION or newer: install Rust with rustup, then run this again"
   fi
+  say "Rust: $(rustc --version) in $dir"
 }
 
 qemu_version() { { "$1" --version 2>/dev/null || true; } | sed -n 's/^QEMU emulator version \([0-9.]*\).*/\1/p'; }

@@ -1,0 +1,51 @@
+#!/bin/bash
+# Makes target/image/python.tar: an OCI archive with Debian's Python and deploy/demo/app.py, for
+# `ctr images import`. No registry is needed; the packages come from the machine's own mirror.
+set -euo pipefail
+# shellcheck source=hack/lib.sh
+. "$(dirname "$0")/lib.sh"
+# shellcheck source=hack/apt.sh
+. "$ROOT/hack/apt.sh"
+
+NAME=localhost/chsnap/python-demo:latest
+OUT=$TARGET/image
+APP=$ROOT/deploy/demo/app.py
+ARCH=$(host_arch)
+SUITE=$(codename)
+# Python and enough of a shell to look around with.
+PACKAGES=python3,base-files,base-passwd,coreutils,dash,findutils,grep,sed,busybox,ca-certificates
+
+# What the packages' installation scripts would have done; `extract` does not run them, which is
+# quicker and independent of this machine. $1 is the root.
+FINISH='
+set -e
+cp "$1/usr/share/base-passwd/passwd.master" "$1/etc/passwd"
+cp "$1/usr/share/base-passwd/group.master" "$1/etc/group"
+cat "$1"/usr/share/ca-certificates/mozilla/*.crt >"$1/etc/ssl/certs/ca-certificates.crt"
+chroot "$1" python3 -m compileall -q -x "/(test|lib2to3)/" /usr/lib/python3.*
+'
+
+make_rootfs() {
+  # The private configuration's sources: the machine's mirror for the machine's release.
+  mmdebstrap --variant=extract --mode=root --architectures="$ARCH" --include="$PACKAGES" \
+    --customize-hook="$FINISH" "$SUITE" "$OUT/rootfs.new.tar" "$APT/$SUITE-$ARCH/chsnap.sources"
+  mv "$OUT/rootfs.new.tar" "$OUT/rootfs.tar"
+}
+
+take_lock
+mkdir -p "$OUT"
+want=$(digest "$0" "$SUITE" "$ARCH")
+if [ ! -f "$OUT/rootfs.tar" ] || ! stamped image-rootfs "$want"; then
+  apt_update "$SUITE" "$ARCH"
+  step image "making a Debian root with Python" make_rootfs || die "no root file system for the demo image"
+  stamp image-rootfs "$want"
+fi
+want=$(digest "$0" "$ROOT/hack/oci_pack.py" "$APP" "$(stat -c %Y "$OUT/rootfs.tar")")
+if [ ! -f "$OUT/python.tar" ] || ! stamped image "$want"; then
+  python3 "$ROOT/hack/oci_pack.py" --output "$OUT/python.tar" --name "$NAME" --arch "$ARCH" \
+    --base "$OUT/rootfs.tar" --file "$APP=/app/app.py" --expose 8080/tcp --workdir /app \
+    --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin --env LANG=C.UTF-8 \
+    -- python3 /app/app.py
+  stamp image "$want"
+  say "demo image: $OUT/python.tar, $(($(stat -c %s "$OUT/python.tar") >> 20)) MiB, named $NAME"
+fi
