@@ -38,7 +38,7 @@ pub enum CgroupError {
 }
 
 /// A pod's cgroup.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Cgroup {
     dirs: Vec<PathBuf>,
 }

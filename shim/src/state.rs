@@ -31,6 +31,8 @@ pub struct State {
     pub vmm: Option<VmmKind>,
     /// What it runs the guest on.
     pub accelerator: Option<Accelerator>,
+    /// The guest's `uname -r`.
+    pub guest_kernel: Option<String>,
     /// How the VM was started.
     pub way: Option<Way>,
     /// Why not in a better way.
@@ -43,6 +45,8 @@ pub struct State {
     pub memory_mib: u64,
     /// Ports of the guest that the host can reach.
     pub exposed: Vec<Exposed>,
+    /// What the start took, phase by phase in order, in microseconds.
+    pub phases_us: Vec<(String, u64)>,
 }
 
 /// How a VM was started.
@@ -201,12 +205,14 @@ mod tests {
             vmm_pid: Some(7),
             vmm: Some(VmmKind::Qemu),
             accelerator: Some(Accelerator::Tcg),
+            guest_kernel: None,
             way: Some(Way::Direct),
             why_not: None,
             started_at: timestamp(),
             vcpus: 1,
             memory_mib: 512,
             exposed: vec![Exposed { guest_port: 8080, socket: "/s".into(), listen: "[::1]:1".parse().ok() }],
+            phases_us: vec![("kernel".into(), 7)],
         }
     }
 

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use super::{AnnotationError, Expose, MIN_MEMORY, Ready, Size, VmmChoice, error::hint};
+use super::{AnnotationError, Expose, MIN_MEMORY, Ready, Size, VmmChoice, VmmConfig, error::hint};
 
 const PREFIX: &str = "io.chsnap.";
 
@@ -76,6 +76,11 @@ pub struct Overrides {
 }
 
 impl Overrides {
+    /// The VMM's settings with what these annotations say instead.
+    pub fn vmm(&self, config: &VmmConfig) -> VmmConfig {
+        VmmConfig { choice: self.vmm.unwrap_or(config.choice), ..config.clone() }
+    }
+
     fn take(&mut self, name: &str, value: &str) -> Result<(), String> {
         match name {
             Annotations::VCPUS => {

@@ -21,7 +21,7 @@ mod virtiofsd;
 
 pub use bind::{Bind, BindError};
 pub use options::{MountError, RootMount};
-pub use virtiofsd::{Cache, Virtiofsd, VirtiofsdError};
+pub use virtiofsd::{Virtiofsd, VirtiofsdError, program as virtiofsd_program};
 
 /// Preparing the share failed.
 #[derive(Debug, Error)]
@@ -75,6 +75,21 @@ pub fn enter_private_mounts() -> nix::Result<()> {
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>)
 }
 
+/// What a container's part of the share is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct Content<'a> {
+    /// The root, from containerd.
+    pub mounts: &'a [RootMount],
+    /// Bound into the root.
+    pub binds: &'a [Bind],
+    /// Bound beside the root, for the guest to bind further; destinations are relative.
+    pub staged: &'a [Bind],
+    /// Directories that the root must have.
+    pub mountpoints: &'a [PathBuf],
+    /// Closes the root for writing.
+    pub readonly: bool,
+}
+
 /// A pod's share.
 #[derive(Debug)]
 pub struct Share {
@@ -100,75 +115,82 @@ impl Share {
         &self.dir
     }
 
-    /// Mounts a container's root, binds the host's files into it and, if `readonly`, closes it for writing.
-    /// `mountpoints` are further places (in the container) where the guest will mount something.
+    /// Mounts a container's root and what is bound into it.
     ///
     /// # Errors
     /// Where a mount fails; what was mounted for this container is then unmounted again.
-    pub fn add_root(
-        &self,
-        container: &str,
-        mounts: &[RootMount],
-        binds: &[Bind],
-        mountpoints: &[PathBuf],
-        readonly: bool,
-    ) -> Result<(), ShareError> {
-        let root = self.root(container);
-        fs::create_dir_all(&root).map_err(|source| ShareError::Create { path: root.clone(), source })?;
-        let added = self.fill_root(container, &root, mounts, binds, mountpoints, readonly);
+    pub fn add_container(&self, container: &str, content: &Content<'_>) -> Result<(), ShareError> {
+        let added = self.fill(container, content);
         if added.is_err() {
-            self.remove_root(container);
+            self.remove_container(container);
         }
         added
     }
 
-    fn fill_root(
-        &self,
-        container: &str,
-        root: &Path,
-        mounts: &[RootMount],
-        binds: &[Bind],
-        mountpoints: &[PathBuf],
-        readonly: bool,
-    ) -> Result<(), ShareError> {
-        for m in mounts {
-            m.mount(root).map_err(|source| ShareError::Root { container: container.into(), source })?;
+    fn fill(&self, container: &str, content: &Content<'_>) -> Result<(), ShareError> {
+        let home = self.dir.join(container);
+        let root = home.join("rootfs");
+        fs::create_dir_all(&root).map_err(|source| ShareError::Create { path: root.clone(), source })?;
+        for m in content.mounts {
+            m.mount(&root).map_err(|source| ShareError::Root { container: container.into(), source })?;
         }
         let failed = |source| ShareError::Bind { container: container.into(), source };
-        for place in mountpoints {
-            bind::make_mountpoint(root, place, true).map_err(failed)?;
+        for place in content.mountpoints {
+            bind::make_mountpoint(&root, place, true).map_err(failed)?;
         }
-        for b in binds {
-            b.mount(root).map_err(failed)?;
+        for b in content.binds {
+            b.mount(&root).map_err(failed)?;
         }
-        if readonly {
-            bind::make_readonly(root).map_err(failed)?;
+        for b in content.staged {
+            b.mount(&home).map_err(failed)?;
+        }
+        if content.readonly {
+            bind::make_readonly(&root).map_err(failed)?;
         }
         Ok(())
     }
 
-    /// Unmounts a container's root; writes of the guest are on the host already, the share has no write-back cache.
-    pub fn remove_root(&self, container: &str) {
-        let root = self.root(container);
-        // Detached: virtiofsd may still hold a descriptor, and a stacked bind needs several turns.
+    /// Unmounts what belongs to a container. The guest's writes are on the host already: the share has no
+    /// write-back cache.
+    pub fn remove_container(&self, container: &str) {
+        let home = self.dir.join(container);
+        let root = home.join("rootfs");
+        // Detached: virtiofsd may still hold descriptors; in turns, since mounts can be stacked.
         while umount2(&root, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
-        // Not recursive: if an unmount failed, what lies below is the user's.
-        let _ = fs::remove_dir(&root);
-        if let Some(parent) = root.parent() {
-            let _ = fs::remove_dir(parent);
+        let staged = home.join("binds");
+        for entry in fs::read_dir(&staged).into_iter().flatten().flatten() {
+            while umount2(&entry.path(), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
         }
-    }
-
-    /// Where a container's root is mounted on the host, in this mount namespace.
-    #[must_use]
-    pub fn root(&self, container: &str) -> PathBuf {
-        self.dir.join(container).join("rootfs")
+        remove_empty(&home);
     }
 }
 
 impl Drop for Share {
     fn drop(&mut self) {
         let _ = umount2(&self.dir, MntFlags::MNT_DETACH);
-        let _ = fs::remove_dir(&self.dir);
+        remove_leftovers(&self.dir);
+    }
+}
+
+/// Removes a share's directories, here or after a shim that was killed. Knows them by name and removes only what is
+/// empty: were a mount still there, a recursive removal would empty the user's volume.
+pub fn remove_leftovers(dir: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        remove_empty(&entry.path());
+    }
+    let _ = fs::remove_dir(dir);
+}
+
+fn remove_empty(home: &Path) {
+    let staged = home.join("binds");
+    for entry in fs::read_dir(&staged).into_iter().flatten().flatten() {
+        let place = entry.path();
+        let _ = fs::remove_dir(&place).or_else(|_| match fs::metadata(&place) {
+            Ok(m) if m.is_file() && m.len() == 0 => fs::remove_file(&place),
+            _ => Ok(()),
+        });
+    }
+    for dir in [&staged, &home.join("rootfs"), home] {
+        let _ = fs::remove_dir(dir);
     }
 }

@@ -4,7 +4,7 @@
 //! nobody polls for a path to appear.
 
 use std::{
-    io,
+    env, io,
     os::{fd::OwnedFd, unix::net::UnixListener},
     path::{Path, PathBuf},
     time::Duration,
@@ -13,20 +13,7 @@ use std::{
 use thiserror::Error;
 use tokio::{io::AsyncReadExt, process::Child, time::timeout};
 
-use crate::child;
-
-/// What the guest may keep in its page cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Cache {
-    /// Attributes and entries expire, data is revalidated at open.
-    #[default]
-    Auto,
-    /// Nothing: every look goes to the host.
-    Never,
-    /// Everything, for roots that nobody else changes.
-    Always,
-}
+use crate::{child, config::ShareConfig};
 
 /// virtiofsd could not be started, or ended early.
 #[derive(Debug, Error)]
@@ -51,6 +38,21 @@ pub enum VirtiofsdError {
     },
 }
 
+/// Where distributions put it, beside the directories of PATH.
+const LIBEXEC: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd"];
+
+/// The program: as configured, else from PATH, else from where distributions put it. A name that is found nowhere is
+/// answered as it is, for the error message.
+#[must_use]
+pub fn program(config: &ShareConfig) -> PathBuf {
+    if let Some(path) = &config.virtiofsd {
+        return path.clone();
+    }
+    let path = env::var_os("PATH").unwrap_or_default();
+    let found = env::split_paths(&path).map(|dir| dir.join("virtiofsd")).chain(LIBEXEC.iter().map(PathBuf::from));
+    found.into_iter().find(|p| p.is_file()).unwrap_or_else(|| "virtiofsd".into())
+}
+
 /// A running virtiofsd. Dropping it kills it.
 #[derive(Debug)]
 pub struct Virtiofsd {
@@ -63,19 +65,14 @@ impl Virtiofsd {
     ///
     /// # Errors
     /// See [`VirtiofsdError`]. What virtiofsd itself finds wrong shows in [`Virtiofsd::ended`].
-    pub fn spawn(
-        program: &Path,
-        dir: &Path,
-        socket: &Path,
-        cache: Cache,
-        cgroups: &[PathBuf],
-    ) -> Result<Self, VirtiofsdError> {
+    pub fn spawn(config: &ShareConfig, dir: &Path, socket: &Path, cgroups: &[PathBuf]) -> Result<Self, VirtiofsdError> {
+        let program = program(config);
         let listener =
             UnixListener::bind(socket).map_err(|source| VirtiofsdError::Socket { path: socket.into(), source })?;
         let listener: OwnedFd = listener.into();
         let number = child::fd_number(&listener);
-        let failed = |source| VirtiofsdError::Spawn { program: program.into(), source };
-        let mut command = child::command(program, cgroups, vec![listener]).map_err(failed)?;
+        let failed = |source| VirtiofsdError::Spawn { program: program.clone(), source };
+        let mut command = child::command(&program, cgroups, vec![listener]).map_err(failed)?;
         command
             .arg(format!("--fd={number}"))
             .arg("--shared-dir")
@@ -84,11 +81,7 @@ impl Virtiofsd {
             // overlayfs has no file handles to offer, and a snapshot finds its inodes by path.
             .args(["--inode-file-handles=never", "--migration-mode=find-paths"])
             .args(["--announce-submounts", "--xattr"])
-            .arg(match cache {
-                Cache::Auto => "--cache=auto",
-                Cache::Never => "--cache=never",
-                Cache::Always => "--cache=always",
-            })
+            .arg(format!("--cache={}", config.cache))
             .stdout(std::process::Stdio::null());
         let child = command.spawn().map_err(failed)?;
         Ok(Self { child, socket: socket.into() })

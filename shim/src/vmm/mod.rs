@@ -113,3 +113,16 @@ pub trait Vm: Send + Sync {
     /// Ends the VMM at once and waits for it.
     async fn kill(&self);
 }
+
+/// No driver can be used.
+#[derive(Debug, thiserror::Error)]
+#[error("no VMM driver is built in yet")]
+pub struct SelectError;
+
+/// Chooses the driver.
+///
+/// # Errors
+/// Always, until the drivers are there.
+pub async fn select(_: &crate::config::VmmConfig) -> Result<Box<dyn Driver>, SelectError> {
+    Err(SelectError)
+}

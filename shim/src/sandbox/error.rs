@@ -1,0 +1,96 @@
+//! Why a pod or one of its containers could not be started.
+
+use std::{io, path::PathBuf};
+
+use thiserror::Error;
+
+use super::ExposeError;
+use crate::{
+    agent::AgentError,
+    cgroup::CgroupError,
+    share::{ShareError, VirtiofsdError},
+    vmm::{BootError, ChannelError, SelectError},
+};
+
+/// The pod's machine could not be started.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// The pod's directory.
+    #[error("cannot create the pod's directory {path:?}")]
+    Dir {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The pod's cgroup.
+    #[error("cannot set up the pod's cgroup")]
+    Cgroup(#[from] CgroupError),
+    /// No VMM can run here.
+    #[error("no VMM can be used; `chsnap doctor` tells more")]
+    Select(#[from] SelectError),
+    /// Kernel or initramfs.
+    #[error("cannot read the guest {what} {path:?}; set [guest] {what} in the configuration")]
+    GuestFile {
+        /// Which of the two.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The root file system.
+    #[error("cannot share the root file system")]
+    Share(#[from] ShareError),
+    /// virtiofsd cannot be run.
+    #[error("cannot serve the root file system")]
+    Virtiofsd(#[from] VirtiofsdError),
+    /// virtiofsd ended before the guest was up.
+    #[error("virtiofsd ended before the guest was up: {0}")]
+    VirtiofsdEnded(String),
+    /// The VMM cannot start the machine.
+    #[error("cannot start the VM")]
+    Boot(#[from] BootError),
+    /// The machine died before the agent answered.
+    #[error("the VM died before its agent answered: {how}")]
+    Died {
+        /// Status and console.
+        how: String,
+    },
+    /// The guest hangs.
+    #[error("the guest's agent did not answer within {seconds} s ([deadlines] boot); guest console: {console}")]
+    NoAgent {
+        /// The deadline.
+        seconds: f32,
+        /// Its last lines.
+        console: String,
+    },
+    /// The agent channel.
+    #[error("cannot reach the guest's agent")]
+    Channel(#[from] ChannelError),
+    /// The session with the agent.
+    #[error("cannot talk to the guest's agent")]
+    Agent(#[from] AgentError),
+    /// The agent refused the container.
+    #[error("the guest cannot create the container")]
+    Container(#[source] AgentError),
+    /// A port.
+    #[error("cannot expose a port")]
+    Expose(#[from] ExposeError),
+}
+
+/// A container could not be added to a running pod.
+#[derive(Debug, Error)]
+pub enum ContainerError {
+    /// The root file system.
+    #[error("cannot share the root file system")]
+    Share(#[from] ShareError),
+    /// The agent refused it.
+    #[error("the guest cannot create the container")]
+    Agent(#[source] AgentError),
+    /// The pod is being stopped.
+    #[error("the pod is being stopped")]
+    Stopped,
+}

@@ -1,0 +1,425 @@
+//! A pod's life: its share, its machine, its agent, from the first container's creation to the last one's end.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use chsnap_protocol::agent::{CreateProcessResponse, InfoResponse, Stdio};
+use tokio::{
+    sync::{Mutex, watch},
+    task::AbortHandle,
+    time::timeout,
+};
+
+mod error;
+mod expose;
+mod phases;
+mod plan;
+
+pub use error::{ContainerError, StartError};
+pub use expose::{ExposeError, Exposed};
+pub use phases::Phases;
+pub use plan::{Plan, PlanError};
+
+use crate::{
+    agent::Agent,
+    cgroup::Cgroup,
+    config::{Config, Overrides, Shape},
+    share::{self, Content, RootMount, Share, Virtiofsd},
+    vmm::{self, Driver, Vm, VmExit, VmSpec},
+};
+
+/// What a pod's machine is made from.
+#[derive(Debug)]
+pub struct Request<'a> {
+    /// containerd's namespace.
+    pub namespace: &'a str,
+    /// The sandbox's id.
+    pub id: &'a str,
+    /// Settings of the host.
+    pub config: &'a Config,
+    /// Settings of the pod.
+    pub overrides: &'a Overrides,
+    /// vCPUs and memory.
+    pub shape: Shape,
+    /// `linux.cgroupsPath`; empty for none.
+    pub cgroups_path: &'a str,
+}
+
+/// What a container's process gets.
+#[derive(Debug)]
+pub struct NewContainer<'a> {
+    /// Its id.
+    pub id: &'a str,
+    /// Mounts from containerd.
+    pub rootfs: &'a [RootMount],
+    /// Its divided specification.
+    pub plan: &'a Plan,
+    /// Its streams.
+    pub stdio: Stdio,
+}
+
+/// A pod with its machine running.
+pub struct Sandbox {
+    dir: PathBuf,
+    agent: Agent,
+    info: InfoResponse,
+    vm: Box<dyn Vm>,
+    driver: (vmm::VmmKind, vmm::Accelerator),
+    shape: Shape,
+    share: Mutex<Option<Share>>,
+    cgroup: Mutex<Cgroup>,
+    exposed: Mutex<Option<Exposed>>,
+    /// Watches virtiofsd; owns it, so that aborting it kills virtiofsd.
+    guard: AbortHandle,
+    gone: watch::Receiver<Option<String>>,
+    stop_deadline: Duration,
+}
+
+impl std::fmt::Debug for Sandbox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sandbox").field("dir", &self.dir).field("vmm_pid", &self.vm.pid()).finish_non_exhaustive()
+    }
+}
+
+/// What has been built so far, to be taken down in order when a step fails.
+struct Parts {
+    dir: PathBuf,
+    share: Option<Share>,
+    cgroup: Cgroup,
+    virtiofsd: Option<Virtiofsd>,
+    vm: Option<Box<dyn Vm>>,
+}
+
+impl Parts {
+    async fn take_down(&mut self) {
+        if let Some(vm) = self.vm.take() {
+            vm.kill().await;
+        }
+        if let Some(mut virtiofsd) = self.virtiofsd.take() {
+            virtiofsd.kill().await;
+        }
+        self.share = None;
+        self.cgroup.remove();
+        remove_dir(&self.dir);
+    }
+}
+
+impl Sandbox {
+    /// Starts the pod's machine with `first` as its first container; when it fails, nothing is left.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub async fn start(
+        request: &Request<'_>,
+        first: &NewContainer<'_>,
+        phases: &mut Phases,
+    ) -> Result<(Self, CreateProcessResponse), StartError> {
+        let dir = dir_of(&request.config.state.dir, request.namespace, request.id);
+        fs::create_dir_all(&dir).map_err(|source| StartError::Dir { path: dir.clone(), source })?;
+        let cgroup = match request.cgroups_path {
+            "" => Ok(Cgroup::default()),
+            path => Cgroup::create(path),
+        };
+        let cgroup = cgroup.inspect_err(|_| remove_dir(&dir))?;
+        let mut parts = Parts { dir, share: None, cgroup, virtiofsd: None, vm: None };
+        let started = Self::build(request, first, &mut parts, phases).await;
+        let (agent, info, driver, streams, exposed) = match started {
+            Ok(started) => started,
+            Err(e) => {
+                parts.take_down().await;
+                return Err(e);
+            }
+        };
+        let (Some(vm), Some(virtiofsd)) = (parts.vm.take(), parts.virtiofsd.take()) else {
+            unreachable!("build() answers Ok only with both")
+        };
+        let (guard, gone) = watch_over(virtiofsd, vm.exited());
+        let sandbox = Self {
+            dir: parts.dir.clone(),
+            agent,
+            info,
+            vm,
+            driver,
+            shape: request.shape,
+            share: Mutex::new(parts.share.take()),
+            cgroup: Mutex::new(std::mem::take(&mut parts.cgroup)),
+            exposed: Mutex::new(Some(exposed)),
+            guard,
+            gone,
+            stop_deadline: request.config.deadlines.stop.duration(),
+        };
+        Ok((sandbox, streams))
+    }
+
+    #[allow(clippy::type_complexity)]
+    async fn build(
+        request: &Request<'_>,
+        first: &NewContainer<'_>,
+        parts: &mut Parts,
+        phases: &mut Phases,
+    ) -> Result<(Agent, InfoResponse, (vmm::VmmKind, vmm::Accelerator), CreateProcessResponse, Exposed), StartError>
+    {
+        let config = request.config;
+        let driver = vmm::select(&request.overrides.vmm(&config.vmm)).await?;
+        readable(&config.guest.kernel, "kernel")?;
+        readable(&config.guest.initramfs, "initramfs")?;
+        phases.mark("select");
+
+        let share = Share::create(&parts.dir.join("share"))?;
+        let share = parts.share.insert(share);
+        add_root(share, first)?;
+        let socket = parts.dir.join("virtiofsd.sock");
+        let virtiofsd = Virtiofsd::spawn(&config.share, share.dir(), &socket, parts.cgroup.dirs())?;
+        let virtiofsd = parts.virtiofsd.insert(virtiofsd);
+        phases.mark("share");
+
+        let spec = VmSpec {
+            cpus: request.shape.vcpus,
+            memory_mib: request.shape.memory_mib,
+            kernel: config.guest.kernel.clone(),
+            initramfs: config.guest.initramfs.clone(),
+            cmdline: config.guest.cmdline_words(),
+            share_socket: socket,
+            run_dir: parts.dir.clone(),
+            cgroups: parts.cgroup.dirs().to_vec(),
+        };
+        let vm = parts.vm.insert(boot(&*driver, &spec, virtiofsd).await?);
+        phases.mark("vmm");
+
+        let (agent, info) = meet_agent(&**vm, virtiofsd, config).await?;
+        // The guest's own clock splits the wait: the kernel until /init, then the agent's start.
+        phases.mark_split("kernel", Duration::from_nanos(info.init_start_ns), "agent");
+        let streams = agent
+            .create_container(first.id, first.plan.spec_json.clone(), first.stdio.clone())
+            .await
+            .map_err(StartError::Container)?;
+        let exposed = Exposed::open(&parts.dir, &request.overrides.expose, &agent).await?;
+        phases.mark("container");
+        Ok((agent, info, (driver.kind(), driver.accelerator()), streams, exposed))
+    }
+
+    /// Adds a further container to the pod.
+    ///
+    /// # Errors
+    /// See [`ContainerError`]; nothing of the container is left then.
+    pub async fn add(&self, new: &NewContainer<'_>) -> Result<CreateProcessResponse, ContainerError> {
+        let share = self.share.lock().await;
+        let share = share.as_ref().ok_or(ContainerError::Stopped)?;
+        add_root(share, new)?;
+        let created = self.agent.create_container(new.id, new.plan.spec_json.clone(), new.stdio.clone()).await;
+        created.map_err(|e| {
+            share.remove_container(new.id);
+            ContainerError::Agent(e)
+        })
+    }
+
+    /// Takes a container out of the pod.
+    pub async fn remove(&self, container: &str) {
+        if self.gone.borrow().is_none()
+            && let Err(e) = self.agent.delete_container(container).await
+            && !e.is_not_found()
+        {
+            log::warn!("container {container}: {e}");
+        }
+        if let Some(share) = self.share.lock().await.as_ref() {
+            share.remove_container(container);
+        }
+    }
+
+    /// Ends the machine and removes everything that belongs to the pod.
+    pub async fn stop(&self) {
+        *self.exposed.lock().await = None;
+        if self.gone.borrow().is_none() {
+            // The guest writes back what it holds; its exit is the answer.
+            let _ = timeout(self.stop_deadline, async {
+                if self.agent.shutdown().await.is_ok() {
+                    settled(&mut self.vm.exited()).await;
+                }
+            })
+            .await;
+        }
+        self.vm.kill().await;
+        self.guard.abort();
+        *self.share.lock().await = None;
+        self.cgroup.lock().await.remove();
+        remove_dir(&self.dir);
+    }
+
+    /// The agent.
+    #[must_use]
+    pub fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    /// What the agent said of itself.
+    #[must_use]
+    pub fn info(&self) -> &InfoResponse {
+        &self.info
+    }
+
+    /// The VMM's process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.vm.pid()
+    }
+
+    /// The VMM and what it runs on.
+    #[must_use]
+    pub fn driver(&self) -> (vmm::VmmKind, vmm::Accelerator) {
+        self.driver
+    }
+
+    /// vCPUs and memory.
+    #[must_use]
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// The pod's directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Becomes `Some`, with the reason, when the machine is gone or of no more use.
+    #[must_use]
+    pub fn gone(&self) -> watch::Receiver<Option<String>> {
+        self.gone.clone()
+    }
+
+    /// Ends the machine at once, e.g. where the agent no longer answers; [`Sandbox::gone`] follows.
+    pub async fn kill(&self) {
+        self.vm.kill().await;
+    }
+}
+
+/// `<state>/<namespace>/<id>`.
+#[must_use]
+pub fn dir_of(state: &Path, namespace: &str, id: &str) -> PathBuf {
+    state.join(namespace).join(id)
+}
+
+/// Removes a pod's directory, and its namespace's with the last one. Never recursive, see
+/// [`share::remove_leftovers`].
+pub fn remove_dir(dir: &Path) {
+    share::remove_leftovers(&dir.join("share"));
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|t| !t.is_dir()) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+    if let Err(e) = fs::remove_dir(dir)
+        && e.kind() != std::io::ErrorKind::NotFound
+    {
+        log::warn!("cannot remove {}: {e}", dir.display());
+    }
+    if let Some(parent) = dir.parent() {
+        let _ = fs::remove_dir(parent);
+    }
+}
+
+fn readable(path: &Path, what: &'static str) -> Result<(), StartError> {
+    fs::File::open(path).map(drop).map_err(|source| StartError::GuestFile { what, path: path.into(), source })
+}
+
+fn add_root(share: &Share, new: &NewContainer<'_>) -> Result<(), crate::share::ShareError> {
+    let plan = new.plan;
+    let content = Content {
+        mounts: new.rootfs,
+        binds: &plan.binds,
+        staged: &plan.staged,
+        mountpoints: &plan.mountpoints,
+        readonly: plan.readonly,
+    };
+    share.add_container(new.id, &content)
+}
+
+/// Starts the machine. A virtiofsd that ended is the better explanation for a VMM that failed.
+async fn boot(driver: &dyn Driver, spec: &VmSpec, virtiofsd: &mut Virtiofsd) -> Result<Box<dyn Vm>, StartError> {
+    match driver.boot(spec).await {
+        Ok(vm) => Ok(vm),
+        Err(e) => match timeout(Duration::from_millis(100), virtiofsd.ended()).await {
+            Ok(how) => Err(StartError::VirtiofsdEnded(how)),
+            Err(_) => Err(e.into()),
+        },
+    }
+}
+
+/// Waits for the agent, for as long as machine and virtiofsd live and the deadline allows.
+async fn meet_agent(
+    vm: &dyn Vm,
+    virtiofsd: &mut Virtiofsd,
+    config: &Config,
+) -> Result<(Agent, InfoResponse), StartError> {
+    let deadline = config.deadlines.boot.duration();
+    let (mut exited, mut exited_too) = (vm.exited(), vm.exited());
+    let met = async {
+        let channel = vm.channel().await?;
+        Ok(Agent::open(channel, config.deadlines.agent_call.duration()).await?)
+    };
+    tokio::select! {
+        // In this order: a dead machine explains a broken channel, not the other way round.
+        biased;
+        exit = settled(&mut exited) => {
+            match timeout(Duration::from_millis(50), virtiofsd.ended()).await {
+                Ok(how) => Err(StartError::VirtiofsdEnded(how)),
+                Err(_) => Err(StartError::Died { how: exit.as_ref().map(describe).unwrap_or_default() }),
+            }
+        }
+        how = virtiofsd.ended() => Err(StartError::VirtiofsdEnded(how)),
+        met = timeout(deadline, met) => match met {
+            Ok(Ok(met)) => Ok(met),
+            Ok(Err(e)) => {
+                // The channel breaks a moment before the VMM is reaped.
+                match timeout(Duration::from_millis(500), settled(&mut exited_too)).await.ok().flatten() {
+                    Some(exit) => Err(StartError::Died { how: describe(&exit) }),
+                    None => Err(e),
+                }
+            }
+            Err(_) => Err(StartError::NoAgent { seconds: deadline.as_secs_f32(), console: vm.console() }),
+        },
+    }
+}
+
+/// Keeps virtiofsd, and says why the pod is no more, whichever of the two ends first.
+fn watch_over(
+    mut virtiofsd: Virtiofsd,
+    mut exited: watch::Receiver<Option<VmExit>>,
+) -> (AbortHandle, watch::Receiver<Option<String>>) {
+    let (tell, gone) = watch::channel(None);
+    let task = tokio::spawn(async move {
+        let why = tokio::select! {
+            // virtiofsd ends by itself when its VMM does; one that ended before was the cause.
+            exit = settled(&mut exited) => exit.as_ref().map(describe).unwrap_or_default(),
+            how = virtiofsd.ended() => format!("virtiofsd ended: {how}"),
+        };
+        virtiofsd.kill().await;
+        tell.send_replace(Some(why));
+    });
+    (task.abort_handle(), gone)
+}
+
+/// Waits for what is told once; `None` where nobody is left to tell it.
+pub(crate) async fn settled<T: Clone>(told: &mut watch::Receiver<Option<T>>) -> Option<T> {
+    told.wait_for(Option::is_some).await.ok().and_then(|value| value.clone())
+}
+
+/// Why a machine is gone, with the lines that explain it.
+fn describe(exit: &VmExit) -> String {
+    let mut text = if exit.by_guest {
+        format!("the guest stopped ({})", exit.status)
+    } else {
+        format!("the VMM ended ({})", exit.status)
+    };
+    for (what, tail) in [("VMM", &exit.stderr), ("guest console", &exit.console)] {
+        let last: Vec<&str> = tail.lines().filter(|l| !l.trim().is_empty()).collect();
+        let last = &last[last.len().saturating_sub(8)..];
+        if !last.is_empty() {
+            text.push_str(&format!("; {what}: {}", last.join(" | ")));
+        }
+    }
+    text
+}

@@ -1,0 +1,157 @@
+//! Create: from containerd's request to a container whose machine runs.
+
+use std::{path::Path, sync::Arc};
+
+use chsnap_protocol::agent::CreateProcessResponse;
+use containerd_shim_protos::api::{CreateTaskRequest, Mount};
+use oci_spec::runtime::Spec;
+use tokio::sync::Mutex;
+
+use super::{
+    Container, Service, TaskError, options,
+    process::Process,
+    stdio::{Local, Paths},
+};
+use crate::{
+    config::{Annotations, Config, Shape},
+    sandbox::{NewContainer, Phases, Plan, Request, Sandbox},
+    share::RootMount,
+    state::{self, Exposed, State, Way},
+};
+
+impl Service {
+    pub(super) async fn create_container(&self, request: CreateTaskRequest) -> Result<Arc<Container>, TaskError> {
+        let mut phases = Phases::start();
+        usable_id(&request.id)?;
+        let path = Path::new(&request.bundle).join("config.json");
+        let spec = Spec::load(&path).map_err(|source| TaskError::Spec { path, source })?;
+        let config = Config::load(options::config_path(request.options.as_ref())?.as_deref())?;
+        let overrides = Annotations::parse(&spec.annotations().clone().unwrap_or_default())?;
+        let resources = spec.linux().as_ref().and_then(|l| l.resources().clone());
+        let shape = Shape::of(&config, &overrides, resources.as_ref())?;
+        let cgroups_path = spec
+            .linux()
+            .as_ref()
+            .and_then(|l| l.cgroups_path().as_ref())
+            .map(|p| p.display().to_string())
+            .unwrap_or_default();
+        let plan = Plan::of(&request.id, spec)?;
+        if !plan.ignored.is_empty() {
+            log::info!("not applied inside the VM: {}", plan.ignored.join(", "));
+        }
+        let paths = Paths {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        let local = Local::open(&paths).await?;
+        let rootfs: Vec<RootMount> = request.rootfs.iter().map(root_mount).collect();
+        let new = NewContainer { id: &request.id, rootfs: &rootfs, plan: &plan, stdio: paths.wanted() };
+        phases.mark("prepare");
+
+        let (streams, sandbox) = self
+            .place(
+                &new,
+                &Request {
+                    namespace: &self.namespace,
+                    id: &self.id,
+                    config: &config,
+                    overrides: &overrides,
+                    shape,
+                    cgroups_path: &cgroups_path,
+                },
+                &mut phases,
+            )
+            .await?;
+        let init = Process::new(&request.id, "", paths, streams, local, sandbox.pid());
+        let container = Arc::new(Container {
+            id: request.id.clone(),
+            bundle: request.bundle,
+            init: Arc::new(init),
+            execs: Mutex::default(),
+        });
+        self.containers.lock().await.insert(request.id, Arc::clone(&container));
+        Ok(container)
+    }
+
+    /// Puts the container into the pod's machine, which the first one starts.
+    async fn place(
+        &self,
+        new: &NewContainer<'_>,
+        request: &Request<'_>,
+        phases: &mut Phases,
+    ) -> Result<(CreateProcessResponse, Arc<Sandbox>), TaskError> {
+        let mut slot = self.sandbox.lock().await;
+        if self.containers.lock().await.contains_key(new.id) {
+            return Err(TaskError::Exists { what: "container", id: new.id.into() });
+        }
+        if let Some((sandbox, _)) = slot.as_ref() {
+            let streams = sandbox.add(new).await?;
+            return Ok((streams, Arc::clone(sandbox)));
+        }
+        let (sandbox, streams) = Sandbox::start(request, new, phases).await?;
+        let sandbox = Arc::new(sandbox);
+        let state = state_of(request, &sandbox, phases);
+        if let Err(e) = state.write(sandbox.dir()) {
+            sandbox.stop().await;
+            return Err(TaskError::Record(e));
+        }
+        log::info!("started: {state:?}");
+        *slot = Some((Arc::clone(&sandbox), request.config.clone()));
+        Ok((streams, sandbox))
+    }
+}
+
+fn state_of(request: &Request<'_>, sandbox: &Sandbox, phases: &Phases) -> State {
+    let (vmm, accelerator) = sandbox.driver();
+    let exposed = request.overrides.expose.iter().map(|e| Exposed {
+        guest_port: e.guest_port,
+        socket: sandbox.dir().join(format!("{}.sock", e.guest_port)),
+        listen: e.listen,
+    });
+    State {
+        id: request.id.into(),
+        namespace: request.namespace.into(),
+        pid: std::process::id(),
+        vmm_pid: Some(sandbox.pid()),
+        vmm: Some(vmm),
+        accelerator: Some(accelerator),
+        guest_kernel: Some(sandbox.info().kernel_release.chars().filter(|c| !c.is_control()).take(64).collect()),
+        way: Some(Way::Direct),
+        why_not: Some("this version has no snapshots".into()),
+        started_at: state::timestamp(),
+        vcpus: request.shape.vcpus,
+        memory_mib: request.shape.memory_mib,
+        exposed: exposed.collect(),
+        phases_us: phases.microseconds(),
+    }
+}
+
+fn root_mount(m: &Mount) -> RootMount {
+    RootMount { fstype: m.type_.clone(), source: m.source.clone(), options: m.options.clone() }
+}
+
+/// containerd checks ids too; here they become directories and sockets.
+fn usable_id(id: &str) -> Result<(), TaskError> {
+    let plain = id.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+    if plain && !id.is_empty() && !id.starts_with('.') && id.len() <= 128 {
+        return Ok(());
+    }
+    Err(TaskError::Id(id.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_that_lead_elsewhere_are_refused() {
+        for good in ["a", "web-1", "0f.x_Y"] {
+            usable_id(good).unwrap();
+        }
+        for bad in ["", ".", "..", "a/b", "../x", "a b", &"x".repeat(129)] {
+            assert!(usable_id(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! containerd's task API (runtime v2): the door through which everything comes.
+//!
+//! One service serves a pod: its first container starts the machine, its last one's deletion ends it.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use containerd_shim::ExitSignal;
+use tokio::sync::Mutex;
+
+mod create;
+mod error;
+mod events;
+mod options;
+mod process;
+mod run;
+pub mod server;
+mod service;
+mod stats;
+mod stdio;
+
+pub use error::{TaskError, chain};
+pub use events::Events;
+pub use process::{Exit, Life, Process};
+
+use crate::{config::Config, sandbox::Sandbox};
+
+/// A container and its processes.
+#[derive(Debug)]
+struct Container {
+    id: String,
+    bundle: String,
+    init: Arc<Process>,
+    execs: Mutex<HashMap<String, Arc<Process>>>,
+}
+
+/// The state behind the API.
+pub struct Service {
+    namespace: String,
+    /// The sandbox's id: that of the container for which the shim was started.
+    id: String,
+    events: Arc<Events>,
+    exit: Arc<ExitSignal>,
+    containers: Mutex<HashMap<String, Arc<Container>>>,
+    /// Held for as long as the machine starts or stops, so that there is one at most.
+    sandbox: Mutex<Option<(Arc<Sandbox>, Config)>>,
+}
+
+/// Longest wait for the last events on the way out.
+const FLUSH: Duration = Duration::from_secs(5);
+
+impl Service {
+    /// A service without containers.
+    #[must_use]
+    pub fn new(namespace: &str, id: &str, events: Arc<Events>, exit: Arc<ExitSignal>) -> Self {
+        Self {
+            namespace: namespace.into(),
+            id: id.into(),
+            events,
+            exit,
+            containers: Mutex::default(),
+            sandbox: Mutex::default(),
+        }
+    }
+
+    async fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {
+        let containers = self.containers.lock().await;
+        containers.get(id).cloned().ok_or_else(|| TaskError::NotFound { what: "container", id: id.into() })
+    }
+
+    async fn process(&self, id: &str, exec: &str) -> Result<Arc<Process>, TaskError> {
+        let container = self.container(id).await?;
+        if exec.is_empty() {
+            return Ok(Arc::clone(&container.init));
+        }
+        let execs = container.execs.lock().await;
+        execs.get(exec).cloned().ok_or_else(|| TaskError::NotFound { what: "exec", id: exec.into() })
+    }
+
+    async fn machine(&self) -> Result<Arc<Sandbox>, TaskError> {
+        match self.sandbox.lock().await.as_ref() {
+            Some((sandbox, _)) => Ok(Arc::clone(sandbox)),
+            None => Err(TaskError::Gone("it was stopped".into())),
+        }
+    }
+
+    /// Ends everything, e.g. on SIGTERM.
+    pub async fn stop(&self) {
+        if let Some((sandbox, _)) = self.sandbox.lock().await.take() {
+            sandbox.stop().await;
+        }
+        self.events.flush(FLUSH).await;
+    }
+}

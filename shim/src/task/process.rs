@@ -1,0 +1,153 @@
+//! One process of a container: the container's own (exec id empty) or an exec.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use chsnap_protocol::agent::CreateProcessResponse;
+use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
+use tokio::sync::{Mutex, watch};
+
+use super::stdio::{Local, Paths, Relays};
+
+/// How a process ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Exit {
+    /// 0-255, or 128 + signal.
+    pub status: u32,
+    /// When.
+    pub at: Timestamp,
+}
+
+impl Exit {
+    /// An end at this moment.
+    #[must_use]
+    pub fn now(status: u32) -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self::at_ns(status, i64::try_from(now.as_nanos()).unwrap_or(i64::MAX))
+    }
+
+    /// An end at a wall clock time in nanoseconds.
+    #[must_use]
+    pub fn at_ns(status: u32, ns: i64) -> Self {
+        let mut at = Timestamp::new();
+        at.seconds = ns.div_euclid(1_000_000_000);
+        at.nanos = i32::try_from(ns.rem_euclid(1_000_000_000)).unwrap_or(0);
+        Self { status, at }
+    }
+}
+
+/// Where a process is in its life.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Life {
+    /// Known to the agent.
+    Created,
+    /// Its program runs.
+    Running,
+    /// It has ended, or never could start.
+    Stopped(Exit),
+}
+
+/// A process.
+#[derive(Debug)]
+pub struct Process {
+    /// Its container.
+    pub container: String,
+    /// Empty for the container's own.
+    pub exec: String,
+    /// Its streams' local ends.
+    pub paths: Paths,
+    /// Its streams in the guest.
+    pub streams: CreateProcessResponse,
+    /// What copies between the two.
+    pub relays: Relays,
+    /// The local ends until the start.
+    local: Mutex<Option<Local>>,
+    life: watch::Sender<Life>,
+    pid: watch::Sender<u32>,
+}
+
+impl std::fmt::Debug for Local {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Local")
+    }
+}
+
+impl Process {
+    /// A created process. `pid` is 0 until it is known.
+    #[must_use]
+    pub fn new(
+        container: &str,
+        exec: &str,
+        paths: Paths,
+        streams: CreateProcessResponse,
+        local: Local,
+        pid: u32,
+    ) -> Self {
+        Self {
+            container: container.into(),
+            exec: exec.into(),
+            paths,
+            streams,
+            relays: Relays::default(),
+            local: Mutex::new(Some(local)),
+            life: watch::Sender::new(Life::Created),
+            pid: watch::Sender::new(pid),
+        }
+    }
+
+    /// The local ends, once.
+    pub async fn take_local(&self) -> Option<Local> {
+        self.local.lock().await.take()
+    }
+
+    /// Where it is in its life.
+    #[must_use]
+    pub fn life(&self) -> Life {
+        self.life.borrow().clone()
+    }
+
+    /// The number reported to containerd.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        *self.pid.borrow()
+    }
+
+    /// Sets the number reported to containerd.
+    pub fn set_pid(&self, pid: u32) {
+        self.pid.send_replace(pid);
+    }
+
+    /// Its program runs.
+    pub fn running(&self) {
+        self.life.send_replace(Life::Running);
+    }
+
+    /// It has ended. True the first time: an exit is told once.
+    pub fn stopped(&self, exit: Exit) -> bool {
+        self.life.send_if_modified(|life| match life {
+            Life::Stopped(_) => false,
+            _ => {
+                *life = Life::Stopped(exit);
+                true
+            }
+        })
+    }
+
+    /// Waits for its end.
+    pub async fn wait(&self) -> Exit {
+        let mut life = self.life.subscribe();
+        loop {
+            if let Life::Stopped(exit) = &*life.borrow_and_update() {
+                return exit.clone();
+            }
+            if life.changed().await.is_err() {
+                return Exit::now(255);
+            }
+        }
+    }
+
+    /// Gives its streams up, after what is under way had a moment to arrive.
+    pub async fn close(&self) {
+        *self.local.lock().await = None;
+        self.relays.finish(Duration::from_secs(2)).await;
+    }
+}

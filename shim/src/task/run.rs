@@ -1,0 +1,240 @@
+//! Start, exit, kill and delete of processes.
+
+use std::{sync::Arc, time::Duration};
+
+use containerd_shim_protos::{
+    api::ExecProcessRequest,
+    events::task::{TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskStart},
+    protobuf::well_known_types::any::Any,
+};
+use tokio::time::timeout;
+
+use super::{
+    Container, Events, Exit, Life, Process, Service, TaskError,
+    stdio::{self, Local, Paths},
+};
+use crate::{
+    agent::AgentError,
+    sandbox::{Sandbox, settled},
+};
+
+const SIGKILL: u32 = 9;
+/// Exit status of what never ran, and of what was killed.
+const NOT_STARTED: u32 = 127;
+const KILLED: u32 = 128 + SIGKILL;
+/// How long after a broken channel the machine's end may take to show.
+const GRACE: Duration = Duration::from_secs(2);
+
+fn what(process: &Process) -> (&'static str, String) {
+    if process.exec.is_empty() { ("container", process.container.clone()) } else { ("exec", process.exec.clone()) }
+}
+
+impl Service {
+    pub(super) async fn start_process(&self, process: &Arc<Process>) -> Result<u32, TaskError> {
+        let (what, id) = what(process);
+        let not_created = |state| TaskError::State { what, id: id.clone(), state };
+        match process.life() {
+            Life::Created => {}
+            Life::Running => return Err(not_created("is running already")),
+            Life::Stopped(_) => return Err(not_created("has ended already")),
+        }
+        let sandbox = self.machine().await?;
+        let local = process.take_local().await.ok_or_else(|| not_created("is being started already"))?;
+        // Before the start, so that not even a process that ends at once has its output without a reader.
+        process.relays.start(sandbox.agent(), local, &process.streams).await;
+        let pid = match sandbox.agent().start(&process.container, &process.exec).await {
+            Ok(pid) => pid,
+            Err(e) => {
+                process.stopped(Exit::now(NOT_STARTED));
+                process.relays.finish(Duration::ZERO).await;
+                return Err(explain(&sandbox, e).await);
+            }
+        };
+        if !process.exec.is_empty() {
+            process.set_pid(pid);
+        }
+        process.running();
+        self.tell_started(process).await;
+        tokio::spawn(watch(Arc::clone(&self.events), Arc::clone(process), sandbox));
+        Ok(process.pid())
+    }
+
+    async fn tell_started(&self, process: &Process) {
+        if process.exec.is_empty() {
+            let mut event = TaskStart::new();
+            event.container_id = process.container.clone();
+            event.pid = process.pid();
+            self.events.publish(event).await;
+        } else {
+            let mut event = TaskExecStarted::new();
+            event.container_id = process.container.clone();
+            event.exec_id = process.exec.clone();
+            event.pid = process.pid();
+            self.events.publish(event).await;
+        }
+    }
+
+    pub(super) async fn add_exec(&self, request: ExecProcessRequest) -> Result<(), TaskError> {
+        let container = self.container(&request.id).await?;
+        if container.init.life() != Life::Running {
+            let state = "is not running: nothing can be executed in it";
+            return Err(TaskError::State { what: "container", id: request.id, state });
+        }
+        let mut execs = container.execs.lock().await;
+        if execs.contains_key(&request.exec_id) {
+            return Err(TaskError::Exists { what: "exec", id: request.exec_id });
+        }
+        let json = process_json(request.spec.as_ref(), request.terminal)?;
+        let paths =
+            Paths { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal: request.terminal };
+        let local = Local::open(&paths).await?;
+        let sandbox = self.machine().await?;
+        let streams = sandbox.agent().create_exec(&request.id, &request.exec_id, json, paths.wanted()).await?;
+        let process = Process::new(&request.id, &request.exec_id, paths, streams, local, 0);
+        execs.insert(request.exec_id.clone(), Arc::new(process));
+        let mut event = TaskExecAdded::new();
+        event.container_id = request.id;
+        event.exec_id = request.exec_id;
+        self.events.publish(event).await;
+        Ok(())
+    }
+
+    pub(super) async fn kill_process(&self, process: &Arc<Process>, signal: u32, all: bool) -> Result<(), TaskError> {
+        match process.life() {
+            Life::Stopped(_) => return Err(TaskError::Finished),
+            Life::Created => {
+                // Nothing runs yet that could take another signal.
+                if signal == SIGKILL && process.stopped(Exit::now(KILLED)) {
+                    process.close().await;
+                    tell_exit(&self.events, process, &Exit::now(KILLED)).await;
+                }
+                return Ok(());
+            }
+            Life::Running => {}
+        }
+        let sandbox = self.machine().await?;
+        match sandbox.agent().signal(&process.container, &process.exec, signal, all).await {
+            Ok(()) => Ok(()),
+            Err(e) if e.is_not_found() => Err(TaskError::Finished),
+            Err(AgentError::Lost { .. }) if signal == SIGKILL => {
+                // A guest that no longer answers still has to die when told to.
+                log::warn!("the agent does not answer: killing the VM");
+                sandbox.kill().await;
+                Ok(())
+            }
+            Err(e) => Err(explain(&sandbox, e).await),
+        }
+    }
+
+    /// Forgets an exec.
+    pub(super) async fn delete_exec(&self, container: &Container, exec: &str) -> Result<Arc<Process>, TaskError> {
+        let process = self.process(&container.id, exec).await?;
+        if process.life() == Life::Running {
+            return Err(TaskError::State { what: "exec", id: exec.into(), state: "is still running" });
+        }
+        process.close().await;
+        if let Ok(sandbox) = self.machine().await
+            && sandbox.gone().borrow().is_none()
+            && let Err(e) = sandbox.agent().delete_process(&container.id, exec).await
+        {
+            log::debug!("exec {exec}: {e}");
+        }
+        container.execs.lock().await.remove(exec);
+        Ok(process)
+    }
+
+    /// Forgets a container; the machine ends with the last one.
+    pub(super) async fn delete_container(&self, container: &Container) -> Result<(), TaskError> {
+        if container.init.life() == Life::Running {
+            return Err(TaskError::State { what: "container", id: container.id.clone(), state: "is still running" });
+        }
+        container.init.close().await;
+        for exec in container.execs.lock().await.values() {
+            exec.close().await;
+        }
+        let mut slot = self.sandbox.lock().await;
+        let mut containers = self.containers.lock().await;
+        containers.remove(&container.id);
+        if containers.is_empty() {
+            drop(containers);
+            if let Some((sandbox, _)) = slot.take() {
+                sandbox.stop().await;
+            }
+        } else if let Some((sandbox, _)) = slot.as_ref() {
+            sandbox.remove(&container.id).await;
+        }
+        Ok(())
+    }
+}
+
+/// Waits for a process's end and tells it, once, whatever ends first: the process or its machine.
+async fn watch(events: Arc<Events>, process: Arc<Process>, sandbox: Arc<Sandbox>) {
+    let mut gone = sandbox.gone();
+    let exit = tokio::select! {
+        answer = sandbox.agent().wait(&process.container, &process.exec) => match answer {
+            Ok(end) => {
+                if end.oom_killed && process.exec.is_empty() {
+                    let mut event = TaskOOM::new();
+                    event.container_id = process.container.clone();
+                    events.publish(event).await;
+                }
+                Some(Exit::at_ns(end.exit_status, end.exited_at_ns))
+            }
+            Err(e) => {
+                log::warn!("{} {:?}: {e}", process.container, process.exec);
+                None
+            }
+        },
+        _ = settled(&mut gone) => None,
+    };
+    let exit = match exit {
+        Some(exit) => exit,
+        None => {
+            let why = match timeout(GRACE, settled(&mut gone)).await {
+                Ok(why) => why,
+                Err(_) => {
+                    // An agent without a session is of no use to anybody.
+                    sandbox.kill().await;
+                    None
+                }
+            };
+            let why = why.unwrap_or_else(|| "the agent was lost".into());
+            log::error!("container {}: the pod's VM is gone: {why}", process.container);
+            stdio::report(&process.paths, &format!("the pod's VM is gone: {why}")).await;
+            Exit::now(KILLED)
+        }
+    };
+    if process.stopped(exit.clone()) {
+        tell_exit(&events, &process, &exit).await;
+    }
+    process.relays.close_stdin();
+}
+
+async fn tell_exit(events: &Events, process: &Process, exit: &Exit) {
+    let mut event = TaskExit::new();
+    event.container_id = process.container.clone();
+    event.id = if process.exec.is_empty() { process.container.clone() } else { process.exec.clone() };
+    event.pid = process.pid();
+    event.exit_status = exit.status;
+    event.exited_at = Some(exit.at.clone()).into();
+    events.publish(event).await;
+}
+
+/// A machine that is gone explains an agent that was lost.
+async fn explain(sandbox: &Sandbox, error: AgentError) -> TaskError {
+    if matches!(error, AgentError::Lost { .. }) {
+        let mut gone = sandbox.gone();
+        if let Ok(Some(why)) = timeout(GRACE, settled(&mut gone)).await {
+            return TaskError::Gone(why);
+        }
+    }
+    TaskError::Agent(error)
+}
+
+/// The OCI process of an exec; the request's terminal flag is the one that counts.
+fn process_json(spec: Option<&Any>, terminal: bool) -> Result<Vec<u8>, TaskError> {
+    let bytes = spec.map_or(&[][..], |s| &s.value);
+    let mut process: oci_spec::runtime::Process = serde_json::from_slice(bytes).map_err(TaskError::Process)?;
+    process.set_terminal(Some(terminal));
+    serde_json::to_vec(&process).map_err(TaskError::Process)
+}

@@ -1,0 +1,201 @@
+//! The shim's process: containerd's `start` and `delete` actions, and the server between the two.
+//!
+//! containerd-shim speaks the task API's version 3 only, which containerd knows since 2.0. The messages of version 2
+//! are the same, so the service is registered under both names, and a containerd that does not offer version 3 in
+//! its environment is answered in version 2's way: the bare address.
+
+use std::{collections::HashMap, env, io, os::fd::AsFd, path::PathBuf, sync::Arc};
+
+use async_trait::async_trait;
+use containerd_shim::{
+    Config as ShimConfig, DeleteResponse, Error, ExitSignal, Flags, Shim, StartOpts, asynchronous as shim,
+    publisher::RemotePublisher,
+};
+use containerd_shim_protos::{shim_async::create_task, ttrpc::r#async::Server};
+use thiserror::Error as ThisError;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{Events, Exit, Service};
+use crate::{
+    cgroup::Cgroup,
+    config::Config,
+    sandbox::{dir_of, remove_dir},
+};
+
+/// The runtime's name at containerd.
+pub const RUNTIME: &str = "io.containerd.chsnap.v2";
+
+const V2: &str = "containerd.task.v2.Task";
+const V3: &str = "containerd.task.v3.Task";
+
+/// Annotations that name the pod a container belongs to, as CRI implementations set them.
+const POD_ANNOTATIONS: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID"];
+
+/// The server could not be started.
+#[derive(Debug, ThisError)]
+pub enum ServeError {
+    /// containerd's event socket is not named.
+    #[error("TTRPC_ADDRESS is not set; this program is started by containerd")]
+    NoAddress,
+    /// The mount namespace.
+    #[error("cannot enter a mount namespace of its own")]
+    Mounts(#[source] nix::Error),
+    /// The socket.
+    #[error("cannot listen on {address:?}")]
+    Listen {
+        /// Where.
+        address: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The ttrpc server.
+    #[error("cannot serve the task API")]
+    Ttrpc(#[from] ttrpc::Error),
+    /// Signals or streams.
+    #[error("cannot set the process up")]
+    Process(#[from] io::Error),
+    /// The log fifo.
+    #[error("cannot open the log")]
+    Log(#[from] Error),
+}
+
+/// The two actions that containerd runs the program for.
+pub struct Actions {
+    flags: (String, String, String),
+}
+
+#[async_trait]
+impl Shim for Actions {
+    type T = Service;
+
+    async fn new(_: &str, flags: &Flags, config: &mut ShimConfig) -> Self {
+        config.no_reaper = true;
+        config.no_sub_reaper = true;
+        Self { flags: (flags.namespace.clone(), flags.id.clone(), flags.bundle.clone()) }
+    }
+
+    async fn start_shim(&mut self, opts: StartOpts) -> Result<String, Error> {
+        start(opts).await
+    }
+
+    /// Runs after the shim is gone, however it went. What it left behind on the host is a directory and a cgroup:
+    /// mounts and processes went with it.
+    async fn delete_shim(&mut self) -> Result<DeleteResponse, Error> {
+        let (namespace, id, bundle) = &self.flags;
+        let bundle = if bundle.is_empty() { env::current_dir().unwrap_or_default() } else { bundle.into() };
+        clean_up(namespace, id, bundle);
+        let exit = Exit::now(137);
+        let mut answer = DeleteResponse::new();
+        answer.exit_status = exit.status;
+        answer.exited_at = Some(exit.at).into();
+        Ok(answer)
+    }
+
+    async fn wait(&mut self) {}
+
+    /// Never called: [`serve`] runs the server.
+    async fn create_task_service(&self, publisher: RemotePublisher) -> Service {
+        let events = Events::new(&self.flags.0, &publisher.address);
+        Service::new(&self.flags.0, &self.flags.1, Arc::new(events), Arc::default())
+    }
+}
+
+/// Starts the server process, or finds that of the pod, and answers its address.
+///
+/// # Errors
+/// Where the server cannot be started; its own words went to stderr, which containerd shows.
+pub async fn start(opts: StartOpts) -> Result<String, Error> {
+    let pod = pod_of(&opts.id);
+    let address = opts.socket_address(&pod);
+    if pod == opts.id {
+        shim::spawn(opts, &pod, Vec::new()).await?;
+    }
+    // containerd before 1.7 finds the shim again by this file in the bundle; later ones keep a file of their own.
+    std::fs::write("address", &address)
+        .map_err(|err| Error::IoError { context: "cannot write the bundle's address file".into(), err })?;
+    Ok(address)
+}
+
+/// The pod of the container whose bundle is the current directory: itself, unless CRI says otherwise.
+fn pod_of(id: &str) -> String {
+    let annotations = oci_spec::runtime::Spec::load("config.json").ok().and_then(|s| s.annotations().clone());
+    let annotations: HashMap<String, String> = annotations.unwrap_or_default();
+    POD_ANNOTATIONS.iter().find_map(|name| annotations.get(*name)).cloned().unwrap_or_else(|| id.into())
+}
+
+/// True where containerd offers version 3 of the task API.
+#[must_use]
+pub fn offers_v3() -> bool {
+    env::var("MAX_SHIM_VERSION").is_ok_and(|v| v.parse().is_ok_and(|v: u32| v >= 3))
+}
+
+fn clean_up(namespace: &str, id: &str, bundle: PathBuf) {
+    let spec = oci_spec::runtime::Spec::load(bundle.join("config.json")).ok();
+    let cgroup = spec.as_ref().and_then(|s| s.linux().as_ref()).and_then(|l| l.cgroups_path().clone());
+    if let Some(path) = cgroup
+        && let Ok(mut cgroup) = Cgroup::find(&path.to_string_lossy())
+    {
+        cgroup.remove();
+    }
+    let state = Config::load(None).unwrap_or_default().state.dir;
+    remove_dir(&dir_of(&state, namespace, id));
+}
+
+/// Serves the task API until containerd says Shutdown.
+///
+/// # Errors
+/// See [`ServeError`].
+pub async fn serve(flags: &Flags) -> Result<(), ServeError> {
+    let containerd = env::var("TTRPC_ADDRESS").map_err(|_| ServeError::NoAddress)?;
+    containerd_shim::logger::init(flags.debug, "info", &flags.namespace, &flags.id)?;
+    let exit = Arc::new(ExitSignal::default());
+    let events = Arc::new(Events::new(&flags.namespace, &containerd));
+    let service = Arc::new(Service::new(&flags.namespace, &flags.id, events, Arc::clone(&exit)));
+    let listener = listen(&flags.socket)?;
+    let mut server = Server::new().add_listener(listener).register_service(both_names(&service));
+    server.start().await?;
+    // `start` waits for the end of our stdout, and then tells containerd the address.
+    nix::unistd::dup2_stdout(io::stderr().as_fd()).map_err(io::Error::from)?;
+    let mut term = signal(SignalKind::terminate())?;
+    let mut int = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        () = exit.wait() => {}
+        _ = term.recv() => log::info!("SIGTERM: stopping the pod"),
+        _ = int.recv() => log::info!("SIGINT: stopping the pod"),
+    }
+    service.stop().await;
+    let _ = server.shutdown().await;
+    if let Some(path) = flags.socket.strip_prefix("unix://") {
+        let _ = std::fs::remove_file(path);
+    }
+    Ok(())
+}
+
+fn listen(address: &str) -> Result<ttrpc::r#async::transport::Listener, ServeError> {
+    let failed = |source| ServeError::Listen { address: address.into(), source };
+    let path = PathBuf::from(address.strip_prefix("unix://").unwrap_or(address));
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir).map_err(failed)?;
+    }
+    let bound = std::os::unix::net::UnixListener::bind(&path).or_else(|e| {
+        // A shim of the same name that was killed; a living one answers.
+        if e.kind() == io::ErrorKind::AddrInUse && std::os::unix::net::UnixStream::connect(&path).is_err() {
+            std::fs::remove_file(&path)?;
+            return std::os::unix::net::UnixListener::bind(&path);
+        }
+        Err(e)
+    });
+    let bound = bound.map_err(failed)?;
+    bound.set_nonblocking(true).map_err(failed)?;
+    ttrpc::r#async::transport::Listener::try_from(bound).map_err(failed)
+}
+
+fn both_names(service: &Arc<Service>) -> HashMap<String, ttrpc::r#async::Service> {
+    let mut services = HashMap::new();
+    for name in [V2, V3] {
+        let task: Arc<dyn containerd_shim_protos::shim_async::Task + Send + Sync> = Arc::clone(service) as _;
+        services.extend(create_task(task).into_values().map(|s| (name.to_string(), s)));
+    }
+    services
+}

@@ -1,0 +1,181 @@
+//! The ttrpc methods: each translates, calls a room, and answers.
+
+use async_trait::async_trait;
+use containerd_shim_protos::{
+    api::{
+        CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
+        DeleteResponse, Empty, ExecProcessRequest, KillRequest, PidsRequest, PidsResponse, ProcessInfo,
+        ResizePtyRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
+        StatsResponse, Status, WaitRequest, WaitResponse,
+    },
+    events::task::{TaskCreate, TaskDelete, TaskIO},
+    shim_async::Task,
+    ttrpc::r#async::TtrpcContext,
+};
+
+use super::{Exit, FLUSH, Life, Service, TaskError, stats};
+
+type Answer<T> = ttrpc::Result<T>;
+
+#[async_trait]
+impl Task for Service {
+    async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> Answer<CreateTaskResponse> {
+        let mut event = TaskCreate::new();
+        event.container_id = request.id.clone();
+        event.bundle = request.bundle.clone();
+        event.rootfs = request.rootfs.clone();
+        event.checkpoint = request.checkpoint.clone();
+        let mut io = TaskIO::new();
+        io.stdin = request.stdin.clone();
+        io.stdout = request.stdout.clone();
+        io.stderr = request.stderr.clone();
+        io.terminal = request.terminal;
+        event.io = Some(io).into();
+        let container = self.create_container(request).await?;
+        event.pid = container.init.pid();
+        self.events.publish(event).await;
+        let mut answer = CreateTaskResponse::new();
+        answer.pid = container.init.pid();
+        Ok(answer)
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Answer<StartResponse> {
+        let process = self.process(&request.id, &request.exec_id).await?;
+        let mut answer = StartResponse::new();
+        answer.pid = self.start_process(&process).await?;
+        Ok(answer)
+    }
+
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> Answer<StateResponse> {
+        let container = self.container(&request.id).await?;
+        let process = self.process(&request.id, &request.exec_id).await?;
+        let mut answer = StateResponse::new();
+        answer.id = request.id;
+        answer.exec_id = request.exec_id;
+        answer.bundle = container.bundle.clone();
+        answer.pid = process.pid();
+        answer.stdin = process.paths.stdin.clone();
+        answer.stdout = process.paths.stdout.clone();
+        answer.stderr = process.paths.stderr.clone();
+        answer.terminal = process.paths.terminal;
+        let status = match process.life() {
+            Life::Created => Status::CREATED,
+            Life::Running => Status::RUNNING,
+            Life::Stopped(exit) => {
+                answer.exit_status = exit.status;
+                answer.exited_at = Some(exit.at).into();
+                Status::STOPPED
+            }
+        };
+        answer.status = status.into();
+        Ok(answer)
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> Answer<WaitResponse> {
+        let process = self.process(&request.id, &request.exec_id).await?;
+        let exit = process.wait().await;
+        let mut answer = WaitResponse::new();
+        answer.exit_status = exit.status;
+        answer.exited_at = Some(exit.at).into();
+        Ok(answer)
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Answer<Empty> {
+        let process = self.process(&request.id, &request.exec_id).await?;
+        self.kill_process(&process, request.signal, request.all).await?;
+        Ok(Empty::new())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> Answer<Empty> {
+        self.add_exec(request).await?;
+        Ok(Empty::new())
+    }
+
+    async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Answer<DeleteResponse> {
+        let container = self.container(&request.id).await?;
+        let process = if request.exec_id.is_empty() {
+            self.delete_container(&container).await?;
+            container.init.clone()
+        } else {
+            self.delete_exec(&container, &request.exec_id).await?
+        };
+        let exit = match process.life() {
+            Life::Stopped(exit) => exit,
+            // Deleted without ever having been started.
+            _ => Exit::now(0),
+        };
+        if request.exec_id.is_empty() {
+            let mut event = TaskDelete::new();
+            event.container_id = container.id.clone();
+            event.pid = process.pid();
+            event.exit_status = exit.status;
+            event.exited_at = Some(exit.at.clone()).into();
+            self.events.publish(event).await;
+        }
+        let mut answer = DeleteResponse::new();
+        answer.pid = process.pid();
+        answer.exit_status = exit.status;
+        answer.exited_at = Some(exit.at).into();
+        Ok(answer)
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Answer<PidsResponse> {
+        let container = self.container(&request.id).await?;
+        let guest = match container.init.life() {
+            Life::Running => self.machine().await?.agent().pids(&request.id).await.map_err(TaskError::from)?,
+            _ => Vec::new(),
+        };
+        let mut answer = PidsResponse::new();
+        // The container's own process goes by the VMM's number, as in State; the rest by the guest's.
+        for (i, pid) in guest.into_iter().enumerate() {
+            let mut info = ProcessInfo::new();
+            info.pid = if i == 0 { container.init.pid() } else { pid };
+            answer.processes.push(info);
+        }
+        Ok(answer)
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Answer<Empty> {
+        let process = self.process(&request.id, &request.exec_id).await?;
+        if process.paths.terminal && !matches!(process.life(), Life::Stopped(_)) {
+            let sandbox = self.machine().await?;
+            let (w, h) = (request.width, request.height);
+            sandbox.agent().resize(&request.id, &request.exec_id, w, h).await.map_err(TaskError::from)?;
+        }
+        Ok(Empty::new())
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> Answer<Empty> {
+        let process = self.process(&request.id, &request.exec_id).await?;
+        if request.stdin {
+            process.relays.close_stdin();
+        }
+        Ok(Empty::new())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Answer<StatsResponse> {
+        self.container(&request.id).await?;
+        let measured = self.machine().await?.agent().stats(&request.id).await.map_err(TaskError::from)?;
+        let mut answer = StatsResponse::new();
+        answer.stats = Some(stats::metrics(&measured).map_err(TaskError::Stats)?).into();
+        Ok(answer)
+    }
+
+    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Answer<ConnectResponse> {
+        let mut answer = ConnectResponse::new();
+        answer.shim_pid = std::process::id();
+        if let Ok(container) = self.container(&request.id).await {
+            answer.task_pid = container.init.pid();
+        }
+        answer.version = env!("CARGO_PKG_VERSION").into();
+        Ok(answer)
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Answer<Empty> {
+        if self.containers.lock().await.is_empty() {
+            self.events.flush(FLUSH).await;
+            self.exit.signal();
+        }
+        Ok(Empty::new())
+    }
+}

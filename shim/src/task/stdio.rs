@@ -1,0 +1,193 @@
+//! A process's streams: containerd's fifos (or log files) on one side, the agent's streams on the other.
+//!
+//! Fifo semantics are those of containerd's runc shim: output fifos are held open for reading too, so that a client
+//! may go and another come without the process getting SIGPIPE; the stdin fifo is held open for writing until
+//! CloseIO, so that a client that goes does not end the input.
+
+use std::{io, time::Duration};
+
+use chsnap_protocol::agent::{CreateProcessResponse, Stdio};
+use thiserror::Error;
+use tokio::{
+    fs::{File, OpenOptions},
+    io::AsyncWrite,
+    net::unix::pipe,
+    sync::Mutex,
+    task::{AbortHandle, JoinHandle},
+    time::timeout,
+};
+
+use crate::agent::{Agent, read_into, write_from};
+
+/// Where a process's streams go. Empty: nowhere.
+#[derive(Debug, Clone, Default)]
+pub struct Paths {
+    /// A fifo.
+    pub stdin: String,
+    /// A fifo or a `file://` URI.
+    pub stdout: String,
+    /// A fifo or a `file://` URI.
+    pub stderr: String,
+    /// One terminal instead of three pipes.
+    pub terminal: bool,
+}
+
+/// A stream's local end cannot be opened.
+#[derive(Debug, Error)]
+pub enum StdioError {
+    /// Not there, or not a fifo.
+    #[error("cannot open {path:?} for the process's {stream}")]
+    Open {
+        /// Which stream.
+        stream: &'static str,
+        /// Where.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A log URI that this shim does not know.
+    #[error("{uri:?} cannot take the process's {stream}: give a fifo or a file:// URI")]
+    Scheme {
+        /// Which stream.
+        stream: &'static str,
+        /// What it said.
+        uri: String,
+    },
+}
+
+impl Paths {
+    /// What the agent is told to make.
+    #[must_use]
+    pub fn wanted(&self) -> Stdio {
+        Stdio {
+            stdin: !self.stdin.is_empty(),
+            stdout: !self.stdout.is_empty(),
+            stderr: !self.stderr.is_empty() && !self.terminal,
+            terminal: self.terminal,
+            ..Default::default()
+        }
+    }
+}
+
+type Sink = Box<dyn AsyncWrite + Send + Unpin>;
+
+/// The local ends, open.
+pub struct Local {
+    stdin: Option<(pipe::Receiver, pipe::Sender)>,
+    stdout: Option<Sink>,
+    stderr: Option<Sink>,
+}
+
+impl Local {
+    /// Opens what `paths` names.
+    ///
+    /// # Errors
+    /// See [`StdioError`].
+    pub async fn open(paths: &Paths) -> Result<Self, StdioError> {
+        let stdin = match paths.stdin.as_str() {
+            "" => None,
+            path => {
+                let failed = |source| StdioError::Open { stream: "stdin", path: path.into(), source };
+                let receiver = pipe::OpenOptions::new().open_receiver(path).map_err(failed)?;
+                let keep = pipe::OpenOptions::new().open_sender(path).map_err(failed)?;
+                Some((receiver, keep))
+            }
+        };
+        let stderr = if paths.terminal { "" } else { &paths.stderr };
+        Ok(Self { stdin, stdout: sink("stdout", &paths.stdout).await?, stderr: sink("stderr", stderr).await? })
+    }
+}
+
+async fn sink(stream: &'static str, path: &str) -> Result<Option<Sink>, StdioError> {
+    let failed = |source| StdioError::Open { stream, path: path.into(), source };
+    if path.is_empty() {
+        return Ok(None);
+    }
+    if let Some(file) = path.strip_prefix("file://") {
+        let file: File = OpenOptions::new().append(true).create(true).open(file).await.map_err(failed)?;
+        return Ok(Some(Box::new(file)));
+    }
+    if path.contains("://") {
+        return Err(StdioError::Scheme { stream, uri: path.into() });
+    }
+    let fifo = pipe::OpenOptions::new().read_write(true).open_sender(path).map_err(failed)?;
+    Ok(Some(Box::new(fifo)))
+}
+
+/// The running copies of one process.
+#[derive(Debug, Default)]
+pub struct Relays {
+    outputs: Mutex<Vec<JoinHandle<()>>>,
+    aborts: std::sync::Mutex<Vec<AbortHandle>>,
+    /// Keeps the stdin fifo open for writing; given up by CloseIO.
+    keep_stdin: std::sync::Mutex<Option<pipe::Sender>>,
+}
+
+impl Relays {
+    /// Starts copying between `local` and `streams`.
+    pub async fn start(&self, agent: &Agent, local: Local, streams: &CreateProcessResponse) {
+        let outputs = [(local.stdout, streams.stdout_stream), (local.stderr, streams.stderr_stream)];
+        for (sink, stream) in outputs {
+            let Some(mut sink) = sink.filter(|_| stream != 0) else { continue };
+            let agent = agent.clone();
+            let copy = tokio::spawn(async move {
+                if let Err(e) = read_into(&agent, stream, &mut sink).await {
+                    log::debug!("output stream {stream}: {e}");
+                }
+            });
+            self.remember(copy.abort_handle());
+            self.outputs.lock().await.push(copy);
+        }
+        if let Some((mut fifo, keep)) = local.stdin.filter(|_| streams.stdin_stream != 0) {
+            let (agent, stream) = (agent.clone(), streams.stdin_stream);
+            if let Ok(mut slot) = self.keep_stdin.lock() {
+                *slot = Some(keep);
+            }
+            let copy = tokio::spawn(async move {
+                if let Err(e) = write_from(&agent, stream, &mut fifo).await {
+                    log::debug!("input stream {stream}: {e}");
+                }
+            });
+            self.remember(copy.abort_handle());
+        }
+    }
+
+    fn remember(&self, handle: AbortHandle) {
+        if let Ok(mut aborts) = self.aborts.lock() {
+            aborts.push(handle);
+        }
+    }
+
+    /// The process sees the end of its input once the client has closed its end too and all was read.
+    pub fn close_stdin(&self) {
+        if let Ok(mut keep) = self.keep_stdin.lock() {
+            *keep = None;
+        }
+    }
+
+    /// Waits, at most `bound`, until the output has reached its readers, then ends every copy.
+    pub async fn finish(&self, bound: Duration) {
+        let outputs = std::mem::take(&mut *self.outputs.lock().await);
+        let _ = timeout(bound, async {
+            for copy in outputs {
+                let _ = copy.await;
+            }
+        })
+        .await;
+        self.close_stdin();
+        if let Ok(mut aborts) = self.aborts.lock() {
+            aborts.drain(..).for_each(|copy| copy.abort());
+        }
+    }
+}
+
+/// Tells the person at the other end of the process's streams what happened to its machine.
+pub async fn report(paths: &Paths, text: &str) {
+    let path = if paths.terminal || paths.stderr.is_empty() { &paths.stdout } else { &paths.stderr };
+    let Ok(Some(mut sink)) = sink("stderr", path).await else { return };
+    let line = format!("chsnap: {text}{}", if paths.terminal { "\r\n" } else { "\n" });
+    // Nobody may be reading.
+    let write = tokio::io::AsyncWriteExt::write_all(&mut sink, line.as_bytes());
+    let _ = timeout(Duration::from_millis(200), write).await;
+}
