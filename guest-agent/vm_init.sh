@@ -64,5 +64,6 @@ done </etc/modules.load
 try loopback ip link set lo up
 try share mount -t virtiofs -o nodev,relatime chsnap /run/chsnap/share
 
+# shellcheck disable=SC2093 # the next line is for when exec itself fails
 exec /sbin/chsnap-agent
 fatal agent "cannot execute /sbin/chsnap-agent"

@@ -17,6 +17,7 @@ PACKAGES=python3,base-files,base-passwd,coreutils,dash,findutils,grep,sed,busybo
 
 # What the packages' installation scripts would have done; `extract` does not run them, which is
 # quicker and independent of this machine. $1 is the root.
+# shellcheck disable=SC2016 # mmdebstrap's shell expands it
 FINISH='
 set -e
 cp "$1/usr/share/base-passwd/passwd.master" "$1/etc/passwd"

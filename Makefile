@@ -1,0 +1,47 @@
+# Recipes only call the scripts in hack/, which say what they do and can be run by hand.
+DESTDIR ?=
+PREFIX ?= /usr/local
+
+.PHONY: help setup build image demo test check bench install clean node test-node
+
+help:
+	@echo 'make demo       run a Python service as a microVM on a private containerd, and take it down again'
+	@echo 'make test       set up, build, run every test'
+	@echo 'make check      format, lints, licences, shell scripts'
+	@echo 'make bench      measure; writes target/bench.json'
+	@echo 'make build      shim, chsnap, agent and guest'
+	@echo 'make install    DESTDIR= PREFIX=/usr/local'
+	@echo 'make clean      remove everything that was made'
+
+setup:
+	@hack/setup.sh
+
+build: setup
+	@hack/build.sh
+
+image:
+	@hack/image.sh
+
+demo:
+	@hack/demo.sh
+
+test:
+	@hack/test.sh
+
+check:
+	@hack/check.sh
+
+bench:
+	@hack/bench.sh
+
+node:
+	@hack/node.sh
+
+test-node:
+	@hack/node.sh test
+
+install:
+	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' hack/install.sh
+
+clean:
+	@hack/clean.sh

@@ -1,0 +1,47 @@
+#!/bin/bash
+# What can be said without running anything: format, lints, dependencies' licences, shell scripts.
+# Both architectures are compiled where a cross linker and the target's standard library are there.
+set -euo pipefail
+# shellcheck source=hack/lib.sh
+. "$(dirname "$0")/lib.sh"
+export CARGO_TARGET_DIR=$TARGET
+cd "$ROOT"
+
+failed=()
+# check <name> <command...>: all checks run, and the failures are named together.
+check() {
+  local name=$1
+  shift
+  say "check: $name"
+  "$@" || failed+=("$name")
+}
+
+shell_scripts() {
+  git ls-files -co --exclude-standard -- '*.sh' .ci/run | xargs shellcheck -x
+}
+
+# The advisory database would have to be downloaded from a place that is no package registry, and a
+# check that fails without the network says nothing about this code.
+dependencies() { "$BIN/cargo-deny" --offline --log-level error check --hide-inclusion-graph bans licenses sources; }
+
+other_arch() {
+  local arch=arm64 triple linker
+  [ "$(host_arch)" = amd64 ] || arch=amd64
+  triple=$(rust_triple "$arch")
+  linker=$(multiarch "$arch")-gcc
+  if ! have "$linker" || [ ! -d "$(rustc --print sysroot)/lib/rustlib/$triple/lib" ]; then
+    say "check: $arch is left out: it needs $linker and Rust's standard library for $triple"
+    return 0
+  fi
+  env "CARGO_TARGET_$(tr 'a-z-' 'A-Z_' <<<"$triple")_LINKER=$linker" \
+    cargo check --locked --workspace --all-targets --target "$triple"
+}
+
+"$ROOT/hack/setup.sh" packages rust cargo-deny
+check format cargo fmt --all --check
+check clippy cargo clippy --locked --workspace --all-targets -- -D warnings
+check dependencies dependencies
+check shell shell_scripts
+check "the other architecture" other_arch
+[ ${#failed[@]} -eq 0 ] || die "failed: $(printf '%s; ' "${failed[@]}")"
+say "all checks passed"

@@ -1,0 +1,37 @@
+#!/bin/bash
+# Installs what `make build` made. DESTDIR and PREFIX as usual; PREFIX is /usr/local by default.
+set -euo pipefail
+# shellcheck source=hack/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+DESTDIR=${DESTDIR:-}
+PREFIX=${PREFIX:-/usr/local}
+case $PREFIX in /*) ;; *) die "PREFIX=$PREFIX must be an absolute path" ;; esac
+ARCH=$(host_arch)
+GUEST=$TARGET/guest/$ARCH
+KERNEL=$GUEST/vmlinux
+[ "$ARCH" = amd64 ] || KERNEL=$GUEST/Image
+LIB=$PREFIX/lib/chsnap
+
+for f in "$TARGET/release/containerd-shim-chsnap-v2" "$TARGET/release/chsnap" "$KERNEL" "$GUEST/initramfs"; do
+  [ -f "$f" ] || die "$f is missing: run 'make build' first"
+done
+
+install -D -m 755 -t "$DESTDIR$PREFIX/bin" "$TARGET/release/containerd-shim-chsnap-v2" "$TARGET/release/chsnap"
+install -D -m 644 "$KERNEL" "$DESTDIR$LIB/vmlinux"
+install -D -m 644 "$GUEST/initramfs" "$DESTDIR$LIB/initramfs"
+# Debian 12 has no virtiofsd of its own that is new enough.
+if [ -x "$BIN/virtiofsd" ]; then install -D -m 755 "$BIN/virtiofsd" "$DESTDIR$LIB/virtiofsd"; fi
+install -D -m 644 -t "$DESTDIR$PREFIX/share/doc/chsnap" "$ROOT/README.md" "$ROOT/LICENSE"
+
+config=$DESTDIR/etc/chsnap/config.toml
+new=$config
+# An administrator's file is never overwritten; the new one is put beside it to compare with.
+[ ! -e "$config" ] || new=$config.new
+install -D -m 644 "$ROOT/deploy/config.toml" "$new"
+sed -i "s|/usr/lib/chsnap/|$LIB/|g" "$new"
+if [ "$new" != "$config" ] && cmp -s "$new" "$config"; then rm "$new"; new=$config; fi
+say "installed in $DESTDIR$PREFIX; configuration: $new"
+if [ -z "$DESTDIR" ] && ! have containerd-shim-chsnap-v2; then
+  say "note: $PREFIX/bin is not in PATH; containerd looks for the shim in its own PATH"
+fi
