@@ -9,8 +9,13 @@ use tokio::{
 };
 
 mod error;
+mod process;
+pub mod qemu;
+mod ring;
+#[cfg(test)]
+mod testing;
 
-pub use error::{BootError, ChannelError};
+pub use error::{BootError, ChannelError, ControlError};
 
 /// Which VMM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

@@ -1,0 +1,194 @@
+//! A VMM's process: started with nothing inherited by accident, watched until it is reaped, killed when dropped.
+//!
+//! Exactly one task waits for the process. A program that also calls `waitpid(-1)` would steal the exit status:
+//! the shim runs with containerd-shim's own reaper off (`no_reaper`).
+
+use std::{
+    ffi::OsString,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use tokio::{io::AsyncRead, process::Child, sync::watch, time::timeout};
+
+use super::{BootError, VmExit, ring::Ring};
+use crate::child;
+
+/// Kept of the guest's console: more than a kernel's last words, less than anybody minds per pod.
+const CONSOLE_BYTES: usize = 32 << 10;
+/// Kept of the VMM's stderr.
+const STDERR_BYTES: usize = 8 << 10;
+/// How long the pipes of a dead VMM may stay open, should something else hold their other end.
+const DRAIN: Duration = Duration::from_secs(1);
+/// Variables that the VMM may need to be found and loaded. Others are nobody's business in there.
+const ENVIRONMENT: [&str; 2] = ["PATH", "LD_LIBRARY_PATH"];
+
+/// A process to start.
+#[derive(Debug)]
+pub struct Launch<'a> {
+    /// What to run.
+    pub program: &'a Path,
+    /// Its arguments.
+    pub args: Vec<OsString>,
+    /// Descriptors it inherits, under the numbers they have here.
+    pub fds: Vec<OwnedFd>,
+    /// cgroup directories it joins before exec.
+    pub cgroups: &'a [PathBuf],
+}
+
+/// A process that is watched. Dropping it kills.
+#[derive(Debug)]
+pub struct Process {
+    pid: u32,
+    console: Ring,
+    exited: watch::Receiver<Option<VmExit>>,
+    /// A message, or its loss, makes the watcher kill.
+    leash: watch::Sender<()>,
+}
+
+impl Process {
+    /// Starts it. stdout is taken as the guest's console. `by_guest` is asked once the process is gone, and says
+    /// whether the guest wanted that; it gets a moment to read the last of what the VMM told it.
+    pub fn start(launch: Launch<'_>, by_guest: impl Future<Output = bool> + Send + 'static) -> Result<Self, BootError> {
+        let mut child = spawn(launch)?;
+        let pid = child.id().unwrap_or_default();
+        let (console, stderr) = (Ring::new(CONSOLE_BYTES), Ring::new(STDERR_BYTES));
+        let (leash, mut released) = watch::channel(());
+        let (sender, exited) = watch::channel(None);
+        let mut readers = {
+            let (console, stdout_pipe) = (console.clone(), child.stdout.take());
+            let (stderr, stderr_pipe) = (stderr.clone(), child.stderr.take());
+            tokio::spawn(async move { tokio::join!(fill(&console, stdout_pipe), fill(&stderr, stderr_pipe)) })
+        };
+        let last_words = console.clone();
+        tokio::spawn(async move {
+            let status = reap(&mut child, &mut released).await;
+            if timeout(DRAIN, &mut readers).await.is_err() {
+                readers.abort();
+            }
+            let by_guest = timeout(DRAIN, by_guest).await.unwrap_or(false);
+            let exit = VmExit { status, by_guest, stderr: stderr.text(), console: last_words.text() };
+            sender.send_replace(Some(exit));
+        });
+        Ok(Self { pid, console, exited, leash })
+    }
+
+    /// Its process id, its own until it is reaped.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// What the guest wrote last.
+    pub fn console(&self) -> String {
+        self.console.text()
+    }
+
+    /// Becomes `Some` once the process is reaped and its output read.
+    pub fn exited(&self) -> watch::Receiver<Option<VmExit>> {
+        self.exited.clone()
+    }
+
+    /// Waits for the end.
+    pub async fn ended(&self) -> Option<VmExit> {
+        self.exited.clone().wait_for(Option::is_some).await.ok().and_then(|exit| exit.clone())
+    }
+
+    /// Kills, and waits for the end.
+    pub async fn kill(&self) {
+        self.leash.send_replace(());
+        self.ended().await;
+    }
+}
+
+fn spawn(launch: Launch<'_>) -> Result<Child, BootError> {
+    let Launch { program, args, fds, cgroups } = launch;
+    let mut command = child::command(program, cgroups, fds).map_err(BootError::Cgroup)?;
+    command.args(args).current_dir("/").env_clear();
+    for name in ENVIRONMENT {
+        command.envs(std::env::var_os(name).map(|value| (name, value)));
+    }
+    // Dropping the command closes this side's copies of the descriptors that the VMM inherited.
+    command.spawn().map_err(|source| BootError::Spawn { program: program.to_owned(), source })
+}
+
+/// Waits for the child, and kills it first once nobody holds it any more.
+async fn reap(child: &mut Child, released: &mut watch::Receiver<()>) -> String {
+    let status = tokio::select! {
+        status = child.wait() => status,
+        _ = released.changed() => {
+            // An error means that it is dead already.
+            let _ = child.start_kill();
+            child.wait().await
+        }
+    };
+    status.map_or_else(|error| format!("unknown: {error}"), |status| status.to_string())
+}
+
+async fn fill(ring: &Ring, pipe: Option<impl AsyncRead + Unpin>) {
+    if let Some(pipe) = pipe {
+        ring.fill_from(pipe).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, Read};
+
+    use super::*;
+    use crate::vmm::testing::is_gone;
+
+    /// bash, since a plain sh knows descriptors of one digit only.
+    fn shell<'a>(script: &str, fds: Vec<OwnedFd>, cgroups: &'a [PathBuf]) -> Launch<'a> {
+        Launch { program: Path::new("/bin/bash"), args: vec!["-c".into(), script.into()], fds, cgroups }
+    }
+
+    #[tokio::test]
+    async fn output_and_status_of_a_process_that_ends() {
+        let process = Process::start(shell("echo out; echo err >&2; exit 3", vec![], &[]), async { true }).unwrap();
+        let exit = process.ended().await.unwrap();
+        assert_eq!((exit.console.as_str(), exit.stderr.as_str()), ("out", "err"));
+        assert_eq!((exit.status.as_str(), exit.by_guest), ("exit status: 3", true));
+    }
+
+    #[tokio::test]
+    async fn dropping_kills_and_reaps() {
+        let process = Process::start(shell("exec sleep 1000", vec![], &[]), async { false }).unwrap();
+        let (pid, mut exited) = (process.pid(), process.exited());
+        drop(process);
+        let exit = exited.wait_for(Option::is_some).await.unwrap().clone().unwrap();
+        assert_eq!(exit.status, "signal: 9 (SIGKILL)");
+        assert!(is_gone(pid));
+    }
+
+    #[tokio::test]
+    async fn a_grandchild_that_holds_the_pipes_does_not_delay_the_end_for_long() {
+        let process = Process::start(shell("sleep 5 & exit 0", vec![], &[]), async { false }).unwrap();
+        timeout(Duration::from_secs(4), process.ended()).await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_descriptor_and_only_harmless_variables_are_handed_over() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let writer = OwnedFd::from(writer);
+        let script = format!("env | cut -d= -f1 >&{}", child::fd_number(&writer));
+        let process = Process::start(shell(&script, vec![writer], &[]), async { false }).unwrap();
+        process.ended().await.unwrap();
+        let mut told = String::new();
+        reader.read_to_string(&mut told).unwrap();
+        let by_bash = ["PWD", "OLDPWD", "SHLVL", "_"];
+        assert!(told.contains("PATH"), "{told}");
+        assert!(told.lines().all(|name| ENVIRONMENT.contains(&name) || by_bash.contains(&name)), "{told}");
+    }
+
+    #[tokio::test]
+    async fn a_missing_program_and_a_missing_cgroup_are_told_apart() {
+        let program = Path::new("/nonexistent/vmm");
+        let launch = Launch { program, args: vec![], fds: vec![], cgroups: &[] };
+        let error = Process::start(launch, async { false }).unwrap_err();
+        assert!(matches!(error, BootError::Spawn { .. }), "{error}");
+        let cgroups = [PathBuf::from("/nonexistent/cgroup")];
+        let error = Process::start(shell("true", vec![], &cgroups), async { false }).unwrap_err();
+        assert!(matches!(error, BootError::Cgroup(_)), "{error}");
+    }
+}

@@ -1,0 +1,188 @@
+//! QEMU's command line.
+
+use std::{
+    ffi::{OsStr, OsString},
+    os::unix::ffi::{OsStrExt, OsStringExt},
+};
+
+use chsnap_protocol::{SERIAL_PORT, SHARE_TAG};
+
+use crate::vmm::{Accelerator, VmSpec};
+
+/// The machine that is emulated: always the host's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arch {
+    /// q35.
+    X86_64,
+    /// virt.
+    Aarch64,
+}
+
+impl Arch {
+    /// This build's.
+    pub const HOST: Self = if cfg!(target_arch = "aarch64") { Self::Aarch64 } else { Self::X86_64 };
+
+    /// QEMU's program for it.
+    #[cfg(test)]
+    pub const fn program(self) -> &'static str {
+        match self {
+            Self::X86_64 => "qemu-system-x86_64",
+            Self::Aarch64 => "qemu-system-aarch64",
+        }
+    }
+
+    /// The board, without what no guest of ours looks for: probing it costs time, emulating it costs trust.
+    fn machine(self, accelerator: Accelerator) -> &'static str {
+        match (self, accelerator) {
+            (Self::X86_64, _) => "q35,smm=off,usb=off,vmport=off,hpet=off,i8042=off,sata=off",
+            (Self::Aarch64, Accelerator::Kvm) => "virt,gic-version=host",
+            (Self::Aarch64, Accelerator::Tcg) => "virt,gic-version=3",
+        }
+    }
+
+    fn cpu(self, accelerator: Accelerator) -> &'static str {
+        match (self, accelerator) {
+            // Five-level page tables make every emulated TLB miss dearer, for memory no pod has.
+            (Self::X86_64, Accelerator::Tcg) => "max,la57=off",
+            // The architected pointer authentication algorithm costs half of the guest's speed when emulated.
+            (Self::Aarch64, Accelerator::Tcg) => "max,pauth-impdef=on",
+            (_, Accelerator::Kvm) => "host",
+        }
+    }
+
+    /// Where the kernel writes, and how it ends: a panic reboots at once, and a reboot ends QEMU (`-no-reboot`).
+    fn cmdline(self) -> &'static str {
+        match self {
+            Self::X86_64 => "console=ttyS0 panic=-1 reboot=t quiet",
+            Self::Aarch64 => "console=ttyAMA0 panic=-1 quiet",
+        }
+    }
+}
+
+/// Numbers of the descriptors that QEMU inherits.
+#[derive(Debug, Clone, Copy)]
+pub struct Fds {
+    /// Connected socket: the agent channel.
+    pub agent: i32,
+    /// Connected socket: QMP.
+    pub qmp: i32,
+}
+
+/// All arguments for `spec`.
+pub fn args(spec: &VmSpec, arch: Arch, accelerator: Accelerator, fds: Fds) -> Vec<OsString> {
+    let mut args = Args::default();
+    args.flag("-nodefaults").flag("-no-user-config").flag("-no-reboot").option("-display", ["none"]);
+    args.option("-sandbox", ["on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
+    args.option("-name", ["chsnap-".into(), escaped(spec.run_dir.file_name().unwrap_or_default())]);
+
+    args.option("-machine", [arch.machine(accelerator), ",memory-backend=memory,dump-guest-core=off"]);
+    args.option(
+        "-accel",
+        [match accelerator {
+            Accelerator::Kvm => "kvm",
+            Accelerator::Tcg => "tcg,thread=multi",
+        }],
+    );
+    args.option("-cpu", [arch.cpu(accelerator)]);
+    args.option("-smp", [spec.cpus.to_string()]);
+    args.option("-m", [format!("{}M", spec.memory_mib)]);
+    // virtiofsd maps the guest's memory, so it has to be shared.
+    args.option("-object", [format!("memory-backend-memfd,id=memory,size={}M,share=on", spec.memory_mib)]);
+
+    args.option("-kernel", [&spec.kernel]).option("-initrd", [&spec.initramfs]);
+    let words = [arch.cmdline()].into_iter().chain(spec.cmdline.iter().map(String::as_str));
+    args.option("-append", [words.collect::<Vec<_>>().join(" ")]);
+
+    args.option("-chardev", ["stdio,id=console,signal=off"]).option("-serial", ["chardev:console"]);
+    args.option("-chardev", [format!("socket,id=qmp,fd={}", fds.qmp)]);
+    args.option("-mon", ["chardev=qmp,mode=control"]);
+    args.option("-device", ["virtio-serial-pci,id=serial,max_ports=2"]);
+    args.option("-chardev", [format!("socket,id=agent,fd={}", fds.agent)]);
+    args.option("-device", [format!("virtserialport,bus=serial.0,nr=1,chardev=agent,name={SERIAL_PORT}")]);
+    args.option("-object", ["rng-builtin,id=rng"]).option("-device", ["virtio-rng-pci,rng=rng"]);
+    args.option("-chardev", ["socket,id=share,path=".into(), escaped(spec.share_socket.as_os_str())]);
+    args.option("-device", [format!("vhost-user-fs-pci,chardev=share,tag={SHARE_TAG},queue-size=256")]);
+    args.0
+}
+
+#[derive(Default)]
+struct Args(Vec<OsString>);
+
+impl Args {
+    fn flag(&mut self, name: &str) -> &mut Self {
+        self.0.push(name.into());
+        self
+    }
+
+    fn option<const N: usize>(&mut self, name: &str, parts: [impl AsRef<OsStr>; N]) -> &mut Self {
+        let mut value = OsString::new();
+        parts.iter().for_each(|part| value.push(part));
+        self.0.extend([name.into(), value]);
+        self
+    }
+}
+
+/// A comma separates QEMU's options; one within a value is written twice.
+fn escaped(value: &OsStr) -> OsString {
+    let bytes = value.as_bytes().iter();
+    OsString::from_vec(bytes.flat_map(|byte| std::iter::repeat_n(*byte, if *byte == b',' { 2 } else { 1 })).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> VmSpec {
+        VmSpec {
+            cpus: 3,
+            memory_mib: 640,
+            kernel: "/guest/vmlinux".into(),
+            initramfs: "/guest/initramfs".into(),
+            cmdline: vec!["chsnap.log=debug".into()],
+            share_socket: "/run/a,b/share.sock".into(),
+            run_dir: "/run/chsnap/k8s.io/pod,1".into(),
+            cgroups: vec![],
+        }
+    }
+
+    fn line(arch: Arch, accelerator: Accelerator) -> Vec<String> {
+        let args = args(&spec(), arch, accelerator, Fds { agent: 7, qmp: 9 });
+        args.into_iter().map(|arg| arg.into_string().unwrap()).collect()
+    }
+
+    fn values<'a>(line: &'a [String], name: &str) -> Vec<&'a str> {
+        line.windows(2).filter(|pair| pair[0] == name).map(|pair| pair[1].as_str()).collect()
+    }
+
+    #[test]
+    fn x86_64_with_tcg() {
+        let line = line(Arch::X86_64, Accelerator::Tcg);
+        assert!(values(&line, "-machine")[0].starts_with("q35,"));
+        assert_eq!(values(&line, "-accel"), ["tcg,thread=multi"]);
+        assert_eq!(values(&line, "-smp"), ["3"]);
+        assert_eq!(values(&line, "-m"), ["640M"]);
+        assert_eq!(values(&line, "-kernel"), ["/guest/vmlinux"]);
+        assert_eq!(values(&line, "-initrd"), ["/guest/initramfs"]);
+        assert_eq!(values(&line, "-append"), ["console=ttyS0 panic=-1 reboot=t quiet chsnap.log=debug"]);
+        assert!(values(&line, "-chardev").contains(&"socket,id=agent,fd=7"));
+        assert!(values(&line, "-chardev").contains(&"socket,id=qmp,fd=9"));
+        assert!(values(&line, "-object").contains(&"memory-backend-memfd,id=memory,size=640M,share=on"));
+        assert!(line.iter().any(|arg| arg == "-no-reboot"));
+    }
+
+    #[test]
+    fn aarch64_differs_where_it_must() {
+        let tcg = line(Arch::Aarch64, Accelerator::Tcg);
+        assert!(values(&tcg, "-machine")[0].starts_with("virt,gic-version=3,"));
+        assert!(values(&tcg, "-append")[0].starts_with("console=ttyAMA0 "));
+        let kvm = line(Arch::Aarch64, Accelerator::Kvm);
+        assert_eq!((values(&kvm, "-accel")[0], values(&kvm, "-cpu")[0]), ("kvm", "host"));
+    }
+
+    #[test]
+    fn a_comma_in_a_path_does_not_become_an_option() {
+        let line = line(Arch::X86_64, Accelerator::Tcg);
+        assert!(values(&line, "-chardev").contains(&"socket,id=share,path=/run/a,,b/share.sock"));
+        assert_eq!(values(&line, "-name"), ["chsnap-pod,,1"]);
+    }
+}

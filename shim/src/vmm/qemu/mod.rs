@@ -1,0 +1,150 @@
+//! QEMU: the portable driver. It runs everywhere, on KVM where that works and by translation where not.
+//!
+//! Nothing of it has a name in the file system: the agent channel and QMP are socket pairs made before the fork,
+//! the console is a pipe. So nothing has to be polled for, and nothing is left when it dies.
+
+mod args;
+mod qmp;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    io,
+    os::{fd::OwnedFd, unix::net::UnixStream as StdStream},
+    path::PathBuf,
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use tokio::{net::UnixStream, sync::watch, time::timeout};
+
+use self::{
+    args::{Arch, Fds},
+    qmp::{Qmp, Version},
+};
+use super::{
+    Accelerator, BootError, Channel, ChannelError, ControlError, Driver, Vm, VmExit, VmSpec, VmmKind,
+    process::{Launch, Process},
+};
+use crate::child;
+
+/// Older ones refuse to snapshot a virtiofs device, and their emulation corrupts a nested AMD guest.
+const OLDEST: Version = Version { major: 10, minor: 0, micro: 0 };
+/// Between QEMU closing QMP and its end.
+const DYING: Duration = Duration::from_secs(5);
+
+/// Starts machines with QEMU.
+#[derive(Debug, Clone)]
+pub struct Qemu {
+    /// Its program.
+    pub program: PathBuf,
+    /// On what the guest runs.
+    pub accelerator: Accelerator,
+}
+
+#[derive(Debug)]
+struct QemuVm {
+    process: Process,
+    /// The host's end of the agent channel. It stays open, so the port looks connected for as long as the VM lives.
+    agent: StdStream,
+    _qmp: Qmp,
+}
+
+#[async_trait]
+impl Driver for Qemu {
+    fn kind(&self) -> VmmKind {
+        VmmKind::Qemu
+    }
+
+    fn accelerator(&self) -> Accelerator {
+        self.accelerator
+    }
+
+    async fn boot(&self, spec: &VmSpec) -> Result<Box<dyn Vm>, BootError> {
+        let (agent, agent_fd) = socket_pair("agent")?;
+        let (control, control_fd) = socket_pair("QMP")?;
+        let control = UnixStream::from_std(control).map_err(|source| BootError::Socket { what: "QMP", source })?;
+        let fds = Fds { agent: child::fd_number(&agent_fd), qmp: child::fd_number(&control_fd) };
+        let launch = Launch {
+            program: &self.program,
+            args: args::args(spec, Arch::HOST, self.accelerator, fds),
+            fds: vec![agent_fd, control_fd],
+            cgroups: &spec.cgroups,
+        };
+        let (qmp, listener) = Qmp::start(control);
+        let process = Process::start(launch, async { listener.await.unwrap_or(false) })?;
+        match qmp.negotiate().await {
+            Ok(version) if version >= OLDEST => Ok(Box::new(QemuVm { process, agent, _qmp: qmp })),
+            Ok(version) => {
+                process.kill().await;
+                let (found, needed) = (version.to_string(), OLDEST.to_string());
+                Err(BootError::Version { program: self.program.clone(), found, needed })
+            }
+            Err(error) => Err(self.gave_up(&process, error).await),
+        }
+    }
+}
+
+impl Qemu {
+    /// What QEMU itself said is worth more than that its socket closed.
+    async fn gave_up(&self, process: &Process, error: ControlError) -> BootError {
+        let program = self.program.clone();
+        let died = match error {
+            ControlError::Closed { .. } => timeout(DYING, process.ended()).await.ok().flatten(),
+            _ => None,
+        };
+        let Some(exit) = died else {
+            process.kill().await;
+            return BootError::Control { program, source: error };
+        };
+        let said = exit.stderr.lines().collect::<Vec<_>>().join("; ");
+        BootError::Died { program, status: exit.status, advice: advice(&said), said }
+    }
+}
+
+#[async_trait]
+impl Vm for QemuVm {
+    fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    async fn channel(&self) -> Result<Box<dyn Channel>, ChannelError> {
+        let stream = self.agent.try_clone().and_then(UnixStream::from_std);
+        Ok(Box::new(stream.map_err(ChannelError::Duplicate)?))
+    }
+
+    fn exited(&self) -> watch::Receiver<Option<VmExit>> {
+        self.process.exited()
+    }
+
+    fn console(&self) -> String {
+        self.process.console()
+    }
+
+    async fn kill(&self) {
+        self.process.kill().await;
+    }
+}
+
+/// This side's end, not blocking, and the one that QEMU inherits.
+fn socket_pair(what: &'static str) -> Result<(StdStream, OwnedFd), BootError> {
+    let pair = || -> io::Result<_> {
+        let (ours, theirs) = StdStream::pair()?;
+        ours.set_nonblocking(true)?;
+        Ok((ours, theirs.into()))
+    };
+    pair().map_err(|source| BootError::Socket { what, source })
+}
+
+/// What to do about the usual reasons. QEMU's own text says what is wrong, seldom what to do.
+fn advice(said: &str) -> &'static str {
+    const KNOWN: [(&str, &str); 6] = [
+        ("KVM kernel module", "; load the kvm module and give access to /dev/kvm, or set accelerator = \"tcg\""),
+        ("failed to initialize kvm", "; KVM does not work on this host: set accelerator = \"tcg\""),
+        ("Cannot allocate memory", "; the host cannot give that much memory: lower the VM's memory"),
+        ("cannot set up guest memory", "; the host cannot give that much memory: lower the VM's memory"),
+        ("SMP CPUs", "; lower the number of vCPUs"),
+        ("could not load kernel", "; the kernel must be an ELF vmlinux, a bzImage or an arm64 Image"),
+    ];
+    KNOWN.iter().find(|(text, _)| said.contains(text)).map_or("", |(_, advice)| advice)
+}

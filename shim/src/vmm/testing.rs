@@ -1,0 +1,152 @@
+//! What tests of real VMMs need: the tools of `hack/setup`, a guest made of busybox, a share.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use tempfile::TempDir;
+use tokio::time::{sleep, timeout};
+
+use super::{Vm, VmExit, VmSpec};
+
+/// For a boot by translation on a machine that is busy with other tests.
+pub const BOOT: Duration = Duration::from_secs(90);
+
+fn target() -> PathBuf {
+    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../target");
+    fs::canonicalize(env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| default.into())).unwrap()
+}
+
+/// The tool that `variable` names, else the set-up's, else the `PATH`'s. Says so where there is none: a test that
+/// gets `None` is skipped.
+pub fn tool(variable: &str, name: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let candidates =
+        env::var_os(variable).map(PathBuf::from).into_iter().chain([target().join("tools/bin").join(name)]);
+    let found = candidates.chain(env::split_paths(&path).map(|dir| dir.join(name))).find(|path| path.is_file());
+    if found.is_none() {
+        eprintln!("SKIPPED: no {name}: set {variable}, or run `make setup`");
+    }
+    found
+}
+
+/// A guest's directory with `vmlinux`, and `busybox` for an initramfs of our own.
+fn guest() -> Option<PathBuf> {
+    let arch = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+    let dir = env::var_os("CHSNAP_TEST_GUEST").map_or_else(|| target().join("guest").join(arch), PathBuf::from);
+    if dir.join("vmlinux").is_file() && dir.join("busybox").is_file() {
+        return Some(dir);
+    }
+    eprintln!("SKIPPED: no vmlinux and busybox in {dir:?}: set CHSNAP_TEST_GUEST, or run `make setup`");
+    None
+}
+
+/// A machine to boot, with its directory and its running virtiofsd.
+pub struct Bench {
+    pub spec: VmSpec,
+    dir: TempDir,
+    share: Child,
+}
+
+impl Bench {
+    /// A guest whose only process is this shell script; a machine that panics where it ends.
+    pub async fn new(init: &str) -> Option<Self> {
+        let (guest, virtiofsd) = (guest()?, tool("CHSNAP_VIRTIOFSD", "virtiofsd")?);
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::create_dir(at("root")).unwrap();
+        fs::create_dir(at("run")).unwrap();
+        fs::write(at("root/hello"), "from the host").unwrap();
+        fs::write(at("initramfs"), initramfs(&fs::read(guest.join("busybox")).unwrap(), init)).unwrap();
+        let share = Command::new(virtiofsd)
+            .args(["--sandbox=none", "--inode-file-handles=never", "--log-level=error"])
+            .arg("--shared-dir")
+            .arg(at("root"))
+            .arg("--socket-path")
+            .arg(at("share.sock"))
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        timeout(BOOT, async {
+            while !at("share.sock").exists() {
+                sleep(Duration::from_millis(10)).await;
+            }
+        })
+        .await
+        .unwrap();
+        let spec = VmSpec {
+            cpus: 1,
+            memory_mib: 256,
+            kernel: guest.join("vmlinux"),
+            initramfs: at("initramfs"),
+            cmdline: vec![],
+            share_socket: at("share.sock"),
+            run_dir: at("run"),
+            cgroups: vec![],
+        };
+        Some(Self { spec, dir, share })
+    }
+
+    /// Files that a VMM left in its directory.
+    pub fn leftovers(&self) -> Vec<PathBuf> {
+        fs::read_dir(self.dir.path().join("run")).unwrap().map(|entry| entry.unwrap().path()).collect()
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        let _ = self.share.kill();
+        let _ = self.share.wait();
+    }
+}
+
+/// Waits for the end of a VM.
+pub async fn end(vm: &dyn Vm) -> VmExit {
+    let mut exited = vm.exited();
+    match timeout(BOOT, exited.wait_for(Option::is_some)).await {
+        Ok(exit) => exit.unwrap().clone().unwrap(),
+        Err(_) => panic!("still running; console: {}", vm.console()),
+    }
+}
+
+/// Waits for a word on the console.
+pub async fn shows(vm: &dyn Vm, word: &str) {
+    let seen = timeout(BOOT, async {
+        while !vm.console().contains(word) && vm.exited().borrow().is_none() {
+            sleep(Duration::from_millis(20)).await;
+        }
+    });
+    let seen = seen.await;
+    assert!(seen.is_ok() && vm.console().contains(word), "{word} is not on the console: {}", vm.console());
+}
+
+fn initramfs(busybox: &[u8], init: &str) -> Vec<u8> {
+    let prologue = "#!/bin/busybox sh\nbusybox=/bin/busybox\n$busybox mkdir /sys /mnt\n\
+        $busybox mount -t devtmpfs dev /dev; $busybox mount -t sysfs sys /sys\n$busybox --install -s /bin\n";
+    let mut archive = Vec::new();
+    entry(&mut archive, Path::new("bin"), 0o040_755, b"");
+    entry(&mut archive, Path::new("bin/busybox"), 0o100_755, busybox);
+    entry(&mut archive, Path::new("init"), 0o100_755, format!("{prologue}{init}\n").as_bytes());
+    entry(&mut archive, Path::new("TRAILER!!!"), 0, b"");
+    archive
+}
+
+/// One file of a cpio archive, `newc` format.
+fn entry(archive: &mut Vec<u8>, name: &Path, mode: u32, content: &[u8]) {
+    let name = name.to_str().unwrap();
+    let fields = [0, mode, 0, 0, 1, 0, content.len() as u32, 0, 0, 0, 0, name.len() as u32 + 1, 0];
+    archive.extend(b"070701");
+    fields.iter().for_each(|field| archive.extend(format!("{field:08x}").bytes()));
+    for part in [[name.as_bytes(), b"\0"].concat().as_slice(), content] {
+        archive.extend(part);
+        archive.resize(archive.len().next_multiple_of(4), 0);
+    }
+}
+
+/// True where `pid` was reaped.
+pub fn is_gone(pid: u32) -> bool {
+    !Path::new(&format!("/proc/{pid}")).exists()
+}
