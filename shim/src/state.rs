@@ -2,7 +2,7 @@
 //! reads them all.
 
 use std::{
-    fs, io,
+    fmt, fs, io,
     net::SocketAddr,
     path::{Path, PathBuf},
     time::SystemTime,
@@ -55,6 +55,14 @@ pub struct State {
 pub enum Way {
     /// The kernel was booted.
     Direct,
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Direct => "direct",
+        })
+    }
 }
 
 /// A port of the guest that the host can reach.

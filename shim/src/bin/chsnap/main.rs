@@ -1,2 +1,59 @@
-//! Operator command line.
-fn main() {}
+//! `chsnap`: the operator's command line. What it does is in the library; here are its words.
+
+use std::{error::Error, io, io::Write, process::ExitCode};
+
+use chsnap::task::chain;
+use clap::{Parser, Subcommand};
+
+mod image;
+mod ps;
+mod table;
+
+/// Looks after the microVMs that containerd-shim-chsnap-v2 runs.
+#[derive(Parser)]
+#[command(name = "chsnap", version, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// List the pods that run on this host
+    Ps(ps::Args),
+    /// Make images
+    #[command(subcommand)]
+    Image(image::Command),
+}
+
+/// What a command ends with: its exit status, or why it could not do its work.
+type Outcome = Result<ExitCode, Box<dyn Error>>;
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Ps(args) => ps::run(&args),
+        Command::Image(command) => image::run(command),
+    };
+    match outcome {
+        Ok(code) => code,
+        // Whoever reads our output has seen enough.
+        Err(error) if is_broken_pipe(error.as_ref()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nobody is left to tell if this fails too.
+            let _ = writeln!(io::stderr(), "chsnap: {}", chain(error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// Prints JSON for programs.
+fn print_json(value: &impl serde::Serialize) -> Result<(), Box<dyn Error>> {
+    let mut out = io::stdout().lock();
+    serde_json::to_writer_pretty(&mut out, value).map_err(io::Error::from)?;
+    writeln!(out)?;
+    Ok(())
+}
