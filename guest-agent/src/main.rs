@@ -1,2 +1,117 @@
-//! The agent.
-fn main() {}
+//! The agent: pid 1 of the guest. Starts the container's processes, relays their bytes and reports their ends to the
+//! shim, over the agent channel.
+//!
+//! Rooms: `transport` (channel and sessions), `service` (the protocol), `container` (specification to namespaces),
+//! `process` (start and end), `stream` (bytes), `sys` (system calls).
+
+mod clock;
+mod container;
+mod error;
+mod process;
+mod service;
+mod stream;
+mod sys;
+mod transport;
+
+use std::{error::Error, io, path::PathBuf, process::ExitCode, sync::Arc};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use ttrpc::r#async::{Server, transport::Listener};
+
+use chsnap_protocol::agent_ttrpc::create_agent;
+
+use container::Containers;
+use service::Service;
+use transport::{Peer, Source, TransportError};
+
+/// A stream is one descriptor or two, and there may be thousands.
+const OPEN_FILES: u64 = 32768;
+
+/// Why the agent cannot work.
+#[derive(Debug, thiserror::Error)]
+enum AgentError {
+    #[error("unknown argument {0:?}; known are --unix PATH and --cgroup-root PATH")]
+    Argument(String),
+    #[error("cannot start")]
+    Start(#[source] io::Error),
+    #[error("cannot serve")]
+    Serve(#[source] ttrpc::Error),
+    #[error("no agent channel")]
+    Channel(#[source] TransportError),
+    #[error("cannot reap processes")]
+    Reap(#[source] io::Error),
+}
+
+/// Both only for an agent outside a VM.
+#[derive(Debug)]
+struct Arguments {
+    /// The shim's end of the channel, instead of the VM's devices.
+    unix: Option<PathBuf>,
+    cgroup_root: PathBuf,
+}
+
+fn arguments() -> Result<Arguments, AgentError> {
+    let mut found = Arguments { unix: None, cgroup_root: PathBuf::from("/sys/fs/cgroup") };
+    let mut given = std::env::args().skip(1);
+    while let Some(name) = given.next() {
+        match (name.as_str(), given.next()) {
+            ("--unix", Some(path)) => found.unix = Some(path.into()),
+            ("--cgroup-root", Some(path)) => found.cgroup_root = path.into(),
+            _ => return Err(AgentError::Argument(name)),
+        }
+    }
+    Ok(found)
+}
+
+/// The last words: the host shows the end of the console when the VM dies.
+fn fatal(error: &dyn Error) {
+    eprintln!("chsnap-agent: fatal: {}", error::chain(error));
+}
+
+fn main() -> ExitCode {
+    sys::bound_malloc();
+    std::panic::set_hook(Box::new(|panic| eprintln!("chsnap-agent: fatal: {panic}")));
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            fatal(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), AgentError> {
+    let arguments = arguments()?;
+    let start = |e: nix::Error| AgentError::Start(e.into());
+    let open_files = getrlimit(Resource::RLIMIT_NOFILE).map_err(start)?;
+    // Where it may not be raised, there are fewer streams.
+    let _ = setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES.max(open_files.1));
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(AgentError::Start)?;
+    runtime.block_on(serve(arguments, open_files))
+}
+
+async fn serve(arguments: Arguments, open_files: (u64, u64)) -> Result<(), AgentError> {
+    let containers = Containers::new(arguments.cgroup_root, open_files).map_err(AgentError::Start)?;
+    let containers = Arc::new(containers);
+    let source = match arguments.unix {
+        Some(path) => Source::peer(Peer::Unix(path)),
+        None => Source::find().await.map_err(AgentError::Channel)?,
+    };
+    let service = Service { containers: containers.clone(), ready_ns: clock::boot_ns() };
+    let (lost, mut loss) = tokio::sync::mpsc::unbounded_channel();
+    let streams = containers.clone();
+    let sessions = source.sessions(
+        move || streams.streams.end_session(),
+        move |error| {
+            let _ = lost.send(error);
+        },
+    );
+    let mut server =
+        Server::new().register_service(create_agent(Arc::new(service))).add_listener(Listener::new(sessions));
+    server.start().await.map_err(AgentError::Serve)?;
+    tokio::select! {
+        result = containers.reaper.run() => result.map_err(AgentError::Reap),
+        Some(error) = loss.recv() => Err(AgentError::Channel(error)),
+    }
+}

@@ -1,0 +1,85 @@
+//! Connections to the guest's loopback.
+
+use std::{
+    io,
+    net::{Ipv4Addr, Ipv6Addr},
+    os::fd::{AsRawFd, OwnedFd},
+    time::Duration,
+};
+
+use nix::{
+    errno::Errno,
+    sys::socket::{
+        AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, connect as connect_socket,
+        getsockopt, setsockopt, socket, sockopt,
+    },
+};
+use ttrpc::Code;
+
+use super::{Channel, Kind, StreamError};
+use crate::error::{Coded, code_of};
+
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    #[error("nothing listens on port {0} of the guest's loopback")]
+    Refused(u16),
+    #[error("port {0} did not accept the connection within 5 s")]
+    Timeout(u16),
+    #[error("cannot connect to port {0}")]
+    Io(u16, #[source] io::Error),
+    #[error("cannot open a stream")]
+    Stream(#[source] StreamError),
+}
+
+impl Coded for ConnectError {
+    fn code(&self) -> Code {
+        match self {
+            Self::Refused(_) => Code::UNAVAILABLE,
+            Self::Timeout(_) => Code::DEADLINE_EXCEEDED,
+            Self::Io(_, e) => code_of(e),
+            Self::Stream(e) => e.code(),
+        }
+    }
+}
+
+/// IPv4 first, then IPv6.
+pub(super) async fn connect(port: u16) -> Result<Channel, ConnectError> {
+    let [a, b, c, d] = Ipv4Addr::LOCALHOST.octets();
+    let v4 = SockaddrIn::new(a, b, c, d, port);
+    let v6 = SockaddrIn6::from(std::net::SocketAddrV6::new(Ipv6Addr::LOCALHOST, port, 0, 0));
+    let attempt = async {
+        match establish(AddressFamily::Inet, &v4).await {
+            Err(first) if first.kind() == io::ErrorKind::ConnectionRefused => {
+                // A guest without IPv6 refuses in its own way; then the first refusal is the answer.
+                match establish(AddressFamily::Inet6, &v6).await {
+                    Err(e) if matches!(e.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)) => Err(first),
+                    other => other,
+                }
+            }
+            other => other,
+        }
+    };
+    match tokio::time::timeout(TIMEOUT, attempt).await {
+        Err(_elapsed) => Err(ConnectError::Timeout(port)),
+        Ok(Err(e)) if e.kind() == io::ErrorKind::ConnectionRefused => Err(ConnectError::Refused(port)),
+        Ok(result) => result.map_err(|e| ConnectError::Io(port, e)),
+    }
+}
+
+async fn establish(family: AddressFamily, address: &(dyn SockaddrLike + Sync)) -> io::Result<Channel> {
+    let fd: OwnedFd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
+    setsockopt(&fd, sockopt::TcpNoDelay, &true)?;
+    match connect_socket(fd.as_raw_fd(), address) {
+        Ok(()) | Err(Errno::EINPROGRESS) => {}
+        Err(e) => return Err(e.into()),
+    }
+    let channel = Channel::new(fd, Kind::Tcp)?;
+    let _ = channel.fd.writable().await?;
+    match getsockopt(channel.fd.get_ref(), sockopt::SocketError)? {
+        0 => Ok(channel),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
