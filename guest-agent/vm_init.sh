@@ -18,27 +18,30 @@ fatal() {
   exec sleep 1000000
 }
 
-# try <step> <command...>: its error output is the reason that is reported.
+# try <step> <command...>: the first line of its error output is the reason that is reported.
+# A file and not $(...), which would cost a process.
 try() {
   step=$1
   shift
-  reason=$("$@" 2>&1) || fatal "$step" "${reason:-$* failed}"
+  "$@" 2>/run/error || {
+    read -r reason </run/error
+    fatal "$step" "${reason:-$* failed}"
+  }
 }
 
-try proc mount -t proc -o nosuid,nodev,noexec proc /proc
-try sys mount -t sysfs -o nosuid,nodev,noexec sysfs /sys
 try dev mount -t devtmpfs -o nosuid,mode=0755 devtmpfs /dev
 try dev mkdir /dev/pts /dev/shm
-try devpts mount -t devpts -o nosuid,noexec,gid=5,mode=620,ptmxmode=666 devpts /dev/pts
-try cgroup mount -t cgroup2 -o nosuid,nodev,noexec cgroup2 /sys/fs/cgroup
+try mount mount -a
 
 # The agent limits and measures containers with these; a kernel may lack some.
 read -r controllers </sys/fs/cgroup/cgroup.controllers
+enable=
 for c in cpu memory pids io; do
   case " $controllers " in
-    *" $c "*) echo "+$c" >/sys/fs/cgroup/cgroup.subtree_control || fatal cgroup "cannot enable the controller $c" ;;
+    *" $c "*) enable="$enable+$c " ;;
   esac
 done
+echo "$enable" >/sys/fs/cgroup/cgroup.subtree_control || fatal cgroup "cannot enable the controllers $enable"
 
 # Modules are listed with what they are for: the id of a virtio device that must be there, or a
 # word in chsnap.modules= on the kernel command line.
@@ -46,18 +49,22 @@ wanted=
 for device in /sys/bus/virtio/devices/*/modalias; do
   if read -r alias 2>/dev/null <"$device"; then
     alias=${alias#virtio:}
-    wanted="$wanted ${alias%v*}"
+    wanted="$wanted${alias%v*},"
   fi
 done
 read -r cmdline </proc/cmdline
 for option in $cmdline; do
   case $option in
-    chsnap.modules=*) wanted="$wanted $(echo "${option#*=}" | tr , ' ')" ;;
+    chsnap.modules=*) wanted="$wanted${option#*=}," ;;
   esac
 done
 while read -r key module; do
-  case " $wanted " in
-    *" $key "*) [ -d "/sys/module/$(basename "$module" .ko)" ] || try module insmod "$module" ;;
+  case ",$wanted" in
+    *",$key,"*)
+      # A module that two keys need is listed twice.
+      name=${module##*/}
+      [ -d "/sys/module/${name%.ko}" ] || try module insmod "$module"
+      ;;
   esac
 done </etc/modules.load
 

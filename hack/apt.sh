@@ -64,9 +64,13 @@ apt_update() {
   local conf dir=$APT/$1-$2
   [ -z "$(find "$dir/updated" -mmin -360 2>/dev/null)" ] || return 0
   conf=$(apt_config "$1" "$2")
+  # apt does not wait for another apt that reads the same lists.
+  exec 8>"$dir/.lock"
+  flock 8
   step "apt-update-$1-$2" "reading the package lists of $1 ($2)" \
     apt-get -c "$conf" -o APT::Update::Error-Mode=any update
   touch "$dir/updated"
+  exec 8>&-
 }
 
 # newest_package <suite> <arch> <regular expression>: the newest package so named in the suite.

@@ -33,7 +33,7 @@ make_rootfs() {
   mv "$OUT/rootfs.new.tar" "$OUT/rootfs.tar"
 }
 
-take_lock
+take_lock image
 mkdir -p "$OUT"
 want=$(digest "$0" "$SUITE" "$ARCH")
 if [ ! -f "$OUT/rootfs.tar" ] || ! stamped image-rootfs "$want"; then

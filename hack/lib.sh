@@ -68,23 +68,15 @@ multiarch() {
   esac
 }
 
-# One set-up at a time: two would unpack over each other. Scripts started by the holder inherit
-# the lock through CHSNAP_LOCKED, so they don't wait for their own parent. Whatever is started to
-# outlive the script must be started with `9>&-`.
+# take_lock <name>: one such step at a time, since two would unpack over each other. The lock ends
+# with the script or with the next take_lock. Whatever is started to outlive the script must be
+# started with `9>&-`.
 take_lock() {
-  [ "${CHSNAP_LOCKED:-}" != "$TARGET" ] || return 0
-  exec 9>"$TARGET/.setup.lock"
+  exec 9>"$TARGET/.lock-$1"
   if ! flock -n 9; then
-    say "another run works in $TARGET; waiting for it"
+    say "another run is at '$1' in $TARGET; waiting for it"
     flock 9
   fi
-  export CHSNAP_LOCKED=$TARGET
-}
-
-drop_lock() {
-  [ "${CHSNAP_LOCKED:-}" = "$TARGET" ] || return 0
-  exec 9>&-
-  unset CHSNAP_LOCKED
 }
 
 # Stamps make steps idempotent: a step is repeated when the digest of its inputs changes.

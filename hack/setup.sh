@@ -172,10 +172,10 @@ part_cargo_deny() {
 
 PARTS="packages rust qemu virtiofsd containerd"
 
-take_lock
 parts=("$@")
 if [ ${#parts[@]} -eq 0 ] || [ "${parts[0]}" = all ]; then read -ra parts <<<"$PARTS"; fi
 for part in "${parts[@]}"; do
+  take_lock "setup-$part"
   case $part in
     packages | rust | qemu | qemu-arm64 | virtiofsd | containerd | cargo-deny) "part_${part//-/_}" ;;
     *) die "setup.sh: no part '$part'; there are: $PARTS qemu-arm64 cargo-deny" ;;

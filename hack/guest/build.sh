@@ -79,19 +79,19 @@ build_initramfs() {
   local agent want args=() m
   agent=${CHSNAP_AGENT:-$TARGET/$(rust_triple "$ARCH")/agent/chsnap-agent}
   [ -f "$agent" ] || die "no agent at $agent: run 'make build' first"
-  want=$(digest "$agent" "$ROOT/guest-agent/vm_init.sh" "$ROOT/hack/guest/initramfs.py" "$OUT/busybox" "$KERNEL" "${MODULES[*]}")
+  want=$(digest "$agent" "$ROOT/guest-agent/vm_init.sh" "$ROOT/guest-agent/fstab" "$ROOT/hack/guest/initramfs.py" "$OUT/busybox" "$KERNEL" "${MODULES[*]}")
   if [ -f "$OUT/initramfs" ] && stamped "initramfs-$ARCH" "$want"; then return 0; fi
   if [ -d "$OUT/modules" ]; then
     args+=(--modules "$OUT/modules")
     for m in "${MODULES[@]}"; do args+=(--module "$m"); done
   fi
   python3 "$ROOT/hack/guest/initramfs.py" --output "$OUT/initramfs" --busybox "$OUT/busybox" \
-    --init "$ROOT/guest-agent/vm_init.sh" --agent "$agent" "${args[@]}"
+    --init "$ROOT/guest-agent/vm_init.sh" --fstab "$ROOT/guest-agent/fstab" --agent "$agent" "${args[@]}"
   stamp "initramfs-$ARCH" "$want"
   say "guest initramfs: $OUT/initramfs, $(($(stat -c %s "$OUT/initramfs") / 1024)) KiB"
 }
 
-take_lock
+take_lock "guest-$ARCH"
 case $WHAT in
   kernel) build_kernel ;;
   initramfs) build_busybox && build_initramfs ;;

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write the guest's initramfs, byte for byte the same for the same inputs.
 
-    initramfs.py --output F --busybox F --init F --agent F
+    initramfs.py --output F --busybox F --init F --fstab F --agent F
                  [--modules /lib/modules/VERSION --module NAME[:KEY] ...]
 
 KEY says when vm_init.sh loads a module (and what it depends on): a virtio device id such as
@@ -121,6 +121,7 @@ def main():
     parser.add_argument("--output", required=True)
     parser.add_argument("--busybox", required=True)
     parser.add_argument("--init", required=True)
+    parser.add_argument("--fstab", required=True)
     parser.add_argument("--agent", required=True)
     parser.add_argument("--modules")
     parser.add_argument("--module", action="append", default=[])
@@ -133,6 +134,7 @@ def main():
     for applet in APPLETS:
         entries[f"bin/{applet}"] = (stat.S_IFLNK | 0o777, b"busybox", (0, 0))
     entries["init"] = (stat.S_IFREG | 0o755, read(args.init), (0, 0))
+    entries["etc/fstab"] = (stat.S_IFREG | 0o644, read(args.fstab), (0, 0))
     entries["sbin/chsnap-agent"] = (stat.S_IFREG | 0o755, read(args.agent), (0, 0))
     order = []
     if args.modules:
