@@ -9,13 +9,19 @@ use tokio::{
 };
 
 mod error;
+mod kvm;
+mod memory;
 mod process;
 pub mod qemu;
 mod ring;
+mod select;
+mod survey;
 #[cfg(test)]
 mod testing;
 
 pub use error::{BootError, ChannelError, ControlError};
+pub use select::{SelectError, Taken, select};
+pub use survey::{Kvm, Program, Survey, survey};
 
 /// Which VMM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -117,17 +123,4 @@ pub trait Vm: Send + Sync {
     fn console(&self) -> String;
     /// Ends the VMM at once and waits for it.
     async fn kill(&self);
-}
-
-/// No driver can be used.
-#[derive(Debug, thiserror::Error)]
-#[error("no VMM driver is built in yet")]
-pub struct SelectError;
-
-/// Chooses the driver.
-///
-/// # Errors
-/// Always, until the drivers are there.
-pub async fn select(_: &crate::config::VmmConfig) -> Result<Box<dyn Driver>, SelectError> {
-    Err(SelectError)
 }

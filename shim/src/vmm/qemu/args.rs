@@ -23,7 +23,6 @@ impl Arch {
     pub const HOST: Self = if cfg!(target_arch = "aarch64") { Self::Aarch64 } else { Self::X86_64 };
 
     /// QEMU's program for it.
-    #[cfg(test)]
     pub const fn program(self) -> &'static str {
         match self {
             Self::X86_64 => "qemu-system-x86_64",
@@ -53,8 +52,8 @@ impl Arch {
     /// Where the kernel writes, and how it ends: a panic reboots at once, and a reboot ends QEMU (`-no-reboot`).
     fn cmdline(self) -> &'static str {
         match self {
-            Self::X86_64 => "console=ttyS0 panic=-1 reboot=t quiet",
-            Self::Aarch64 => "console=ttyAMA0 panic=-1 quiet",
+            Self::X86_64 => "console=ttyS0 panic=-1 reboot=t quiet cryptomgr.notests",
+            Self::Aarch64 => "console=ttyAMA0 panic=-1 quiet cryptomgr.notests",
         }
     }
 }
@@ -163,7 +162,10 @@ mod tests {
         assert_eq!(values(&line, "-m"), ["640M"]);
         assert_eq!(values(&line, "-kernel"), ["/guest/vmlinux"]);
         assert_eq!(values(&line, "-initrd"), ["/guest/initramfs"]);
-        assert_eq!(values(&line, "-append"), ["console=ttyS0 panic=-1 reboot=t quiet chsnap.log=debug"]);
+        assert_eq!(
+            values(&line, "-append"),
+            ["console=ttyS0 panic=-1 reboot=t quiet cryptomgr.notests chsnap.log=debug"]
+        );
         assert!(values(&line, "-chardev").contains(&"socket,id=agent,fd=7"));
         assert!(values(&line, "-chardev").contains(&"socket,id=qmp,fd=9"));
         assert!(values(&line, "-object").contains(&"memory-backend-memfd,id=memory,size=640M,share=on"));

@@ -29,7 +29,9 @@ use super::{
 use crate::child;
 
 /// Older ones refuse to snapshot a virtiofs device, and their emulation corrupts a nested AMD guest.
-const OLDEST: Version = Version { major: 10, minor: 0, micro: 0 };
+pub const OLDEST: Version = Version { major: 10, minor: 0, micro: 0 };
+/// The name of its program.
+pub const PROGRAM: &str = Arch::HOST.program();
 /// Between QEMU closing QMP and its end.
 const DYING: Duration = Duration::from_secs(5);
 
