@@ -1,0 +1,152 @@
+#!/bin/bash
+# An emulated machine with KVM, for hosts that have none: QEMU without acceleration emulates a CPU
+# with virtualisation extensions, and the guests inside run on real KVM.
+#
+#   ARCH=amd64|arm64 [CPU=model,feature=off] node.sh [command]
+#
+#   start            boots a node and leaves it running
+#   run [-i] <cmd>   runs a shell command in it; the status is the command's (-i: with this input).
+#                    With no node running, one is booted for the command and taken down again.
+#   shell            a shell in it, booting one if none runs
+#   stop             takes the running one down
+#   status, console  whether one runs; what its kernel has said
+#   prepare          only makes what a node needs
+#   test             runs the integration tests in it: node/test.sh
+#
+# With no command: RUN='cmd' as `run` does, else `shell`. NAME=x keeps another node beside the first.
+# TIMEOUT=s limits a command, CPUS=2 and MEMORY=6G are the node's size.
+set -euo pipefail
+# shellcheck source=hack/lib.sh
+. "$(dirname "$0")/lib.sh"
+# shellcheck source=hack/node/prepare.sh
+. "$ROOT/hack/node/prepare.sh"
+
+ARCH=${ARCH:-$(host_arch)}
+case $ARCH in
+  amd64) CPU=${CPU:-max} ;;
+  arm64)
+    CPU=${CPU:-max}
+    # Emulating the real pointer authentication costs half of the speed.
+    case $CPU in max | max,*) [[ $CPU == *pauth* ]] || CPU=${CPU/max/max,pauth-impdef=on} ;; esac
+    ;;
+  *) die "no node for the architecture $ARCH: amd64 and arm64 are known" ;;
+esac
+CPUS=${CPUS:-2}
+MEMORY=${MEMORY:-6G}
+STATE=$TARGET/node/$ARCH${NAME:+-$NAME}
+OUT=$STATE/out
+# A socket's path may have 107 bytes at most.
+SOCKETS=/run/chsnap-dev/node-$(printf %s "$STATE" | sha256sum | cut -c1-12)
+START_TIMEOUT=${START_TIMEOUT:-120}
+
+client() { python3 "$ROOT/hack/node/run.py" "$SOCKETS" "$@"; }
+
+# The process that keeps the node: it holds the lock and has written its id there.
+keeper() {
+  [ -s "$STATE/lock" ] || return 1
+  if flock -n "$STATE/lock" true; then return 1; fi
+  cat "$STATE/lock"
+}
+
+show_console() {
+  say "the end of the node's console ($STATE/console.log):"
+  tail -n "${1:-15}" "$STATE/console.log" 2>/dev/null | tr -d '\r' | sed 's/^/    /' >&2 || true
+}
+
+# boot [<process the node must not outlive>]
+boot() {
+  local pid deadline
+  [ -z "$(keeper)" ] || die "an $ARCH node runs already: stop it first (ARCH=$ARCH hack/node.sh stop), or set NAME"
+  prepare
+  mkdir -p "$OUT" "$SOCKETS"
+  chmod 700 "$SOCKETS"
+  : >"$STATE/console.log"
+  rm -f "$STATE/scratch.ext4"
+  truncate -s 16G "$STATE/scratch.ext4"
+  # Without a journal: the disk does not outlive the machine.
+  mke2fs -q -t ext4 -O ^has_journal -E nodiscard,lazy_itable_init=1 "$STATE/scratch.ext4" ||
+    die "cannot make the scratch disk $STATE/scratch.ext4"
+  say "booting an $ARCH node ($CPU, $CPUS CPUs, $MEMORY)"
+  deadline=$((SECONDS + START_TIMEOUT))
+  setsid python3 "$ROOT/hack/node/machine.py" --arch "$ARCH" --state "$STATE" --sockets "$SOCKETS" \
+    --qemu "$QEMU" --virtiofsd "$BIN/virtiofsd" --cpu "$CPU" --cpus "$CPUS" --memory "$MEMORY" \
+    --kernel "$KERNEL" --initrd "$STATE/initramfs" --cache auto --with "${1:-0}" \
+    --append "console=$CONSOLE quiet panic=-1 mitigations=off cryptomgr.notests node.project=$ROOT node.out=$OUT ${APPEND:-}" \
+    --share "root:ro:$SHARED_ROOT" --share "project:ro:$ROOT" --share "out:rw:$OUT" \
+    </dev/null >"$STATE/keeper.log" 2>&1 9>&- &
+  pid=$!
+  until client ping --timeout 1 2>/dev/null; do
+    if ! kill -0 "$pid" 2>/dev/null; then
+      show_console
+      die "the $ARCH node has ended while booting: $(grep -hv '^+ ' "$STATE/keeper.log" "$STATE/machine.log" | tail -n 3 | tr '\n' ' ')"
+    fi
+    if [ $SECONDS -ge $deadline ]; then
+      show_console
+      halt
+      die "the $ARCH node did not come up in $START_TIMEOUT s"
+    fi
+    sleep 0.2
+  done
+  say "the $ARCH node is up after $((SECONDS - deadline + START_TIMEOUT)) s"
+}
+
+halt() {
+  local pid
+  pid=$(keeper) || return 0
+  kill -TERM "$pid" 2>/dev/null || true
+  for _ in $(seq 100); do
+    keeper >/dev/null || break
+    sleep 0.1
+  done
+  if pid=$(keeper); then
+    say "note: the node's keeper (process $pid) did not end in 10 s and is killed, with all it started"
+    kill -KILL "$pid" || true
+  fi
+  rm -rf "$SOCKETS"
+  rmdir /run/chsnap-dev 2>/dev/null || true
+}
+
+# Runs the client in a running node, or in one that lives only for it.
+within() {
+  local rc=0
+  if keeper >/dev/null; then
+    client "$@"
+    return
+  fi
+  trap halt EXIT
+  boot $$
+  client "$@" || rc=$?
+  [ "$rc" != 125 ] || show_console
+  return "$rc"
+}
+
+run() {
+  local options=(--cwd "$ROOT")
+  [ "${1:-}" != -i ] || { options+=(--input) && shift; }
+  [ $# -ge 1 ] || die "node.sh run: no command given"
+  [ -z "${TIMEOUT:-}" ] || options+=(--timeout "$TIMEOUT")
+  within run "${options[@]}" -- /bin/bash -c "$*"
+}
+
+shell() {
+  if [ -t 0 ]; then
+    within run --tty --input --cwd "$ROOT" -- /bin/bash -i
+  else
+    within run --input --cwd "$ROOT" -- /bin/bash
+  fi
+}
+
+what=${1:-}
+[ $# -eq 0 ] || shift
+case $what in
+  "") if [ -n "${RUN:-}" ]; then run "$RUN"; else shell; fi ;;
+  start) boot ;;
+  stop) halt ;;
+  run) run "$@" ;;
+  shell) shell ;;
+  prepare) prepare ;;
+  status) if pid=$(keeper); then echo "an $ARCH node runs (process $pid)"; else echo "no $ARCH node runs" && exit 3; fi ;;
+  console) cat "$STATE/console.log" ;;
+  test) exec "$ROOT/hack/node/test.sh" "$@" ;;
+  *) die "node.sh: '$what' is none of start, run, shell, stop, status, console, prepare, test" ;;
+esac
