@@ -1,6 +1,6 @@
 //! Create: from containerd's request to a container whose machine runs.
 
-use std::{path::Path, sync::Arc};
+use std::{os::unix::ffi::OsStrExt, path::Path, sync::Arc};
 
 use chsnap_protocol::agent::CreateProcessResponse;
 use containerd_shim_protos::api::{CreateTaskRequest, Mount};
@@ -14,10 +14,13 @@ use super::{
 };
 use crate::{
     config::{Annotations, Config, Shape},
-    sandbox::{NewContainer, Phases, Plan, Request, Sandbox},
+    sandbox::{NewContainer, Phases, Plan, Request, Sandbox, dir_of},
     share::RootMount,
     state::{self, Exposed, State, Way},
 };
+
+/// Where the bundle keeps the name of the pod's directory.
+pub(super) const DIR_FILE: &str = "chsnap.dir";
 
 impl Service {
     pub(super) async fn create_container(&self, request: CreateTaskRequest) -> Result<Arc<Container>, TaskError> {
@@ -48,6 +51,10 @@ impl Service {
         let local = Local::open(&paths).await?;
         let rootfs: Vec<RootMount> = request.rootfs.iter().map(root_mount).collect();
         let new = NewContainer { id: &request.id, rootfs: &rootfs, plan: &plan, stdio: paths.wanted() };
+        // For the `delete` action, should this process be killed: it is not told the configuration.
+        let note = Path::new(&request.bundle).join(DIR_FILE);
+        let dir = dir_of(&config.state.dir, &self.namespace, &self.id);
+        std::fs::write(&note, dir.as_os_str().as_bytes()).map_err(|source| TaskError::Bundle { path: note, source })?;
         phases.mark("prepare");
 
         let (streams, sandbox) = self

@@ -1,6 +1,6 @@
 //! What containerd, and through it the person, is told.
 
-use std::{error::Error as StdError, path::PathBuf};
+use std::{error::Error as StdError, io, path::PathBuf};
 
 use thiserror::Error;
 use ttrpc::Code;
@@ -56,6 +56,15 @@ pub enum TaskError {
         /// Why.
         #[source]
         source: oci_spec::OciSpecError,
+    },
+    /// The bundle's directory.
+    #[error("cannot write {path:?}")]
+    Bundle {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
     },
     /// The specification asks for too much.
     #[error("the container cannot run in a microVM")]
@@ -115,7 +124,12 @@ impl TaskError {
             | Self::Stdio(_) => Code::INVALID_ARGUMENT,
             Self::Agent(AgentError::Refused { code, .. }) => *code,
             Self::Gone(_) => Code::UNAVAILABLE,
-            Self::Start(_) | Self::Container(_) | Self::Agent(_) | Self::Record(_) | Self::Stats(_) => Code::UNKNOWN,
+            Self::Bundle { .. }
+            | Self::Start(_)
+            | Self::Container(_)
+            | Self::Agent(_)
+            | Self::Record(_)
+            | Self::Stats(_) => Code::UNKNOWN,
         }
     }
 }

@@ -4,7 +4,15 @@
 //! are the same, so the service is registered under both names, and a containerd that does not offer version 3 in
 //! its environment is answered in version 2's way: the bare address.
 
-use std::{collections::HashMap, env, io, os::fd::AsFd, path::PathBuf, sync::Arc};
+use std::{
+    collections::HashMap,
+    env,
+    ffi::OsStr,
+    io,
+    os::{fd::AsFd, unix::ffi::OsStrExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use async_trait::async_trait;
 use containerd_shim::{
@@ -15,12 +23,8 @@ use containerd_shim_protos::{shim_async::create_task, ttrpc::r#async::Server};
 use thiserror::Error as ThisError;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{Events, Exit, Service};
-use crate::{
-    cgroup::Cgroup,
-    config::Config,
-    sandbox::{dir_of, remove_dir},
-};
+use super::{Events, Exit, Service, create::DIR_FILE};
+use crate::{cgroup::Cgroup, sandbox::remove_dir};
 
 /// The runtime's name at containerd.
 pub const RUNTIME: &str = "io.containerd.chsnap.v2";
@@ -62,7 +66,9 @@ pub enum ServeError {
 
 /// The two actions that containerd runs the program for.
 pub struct Actions {
-    flags: (String, String, String),
+    namespace: String,
+    id: String,
+    bundle: PathBuf,
 }
 
 #[async_trait]
@@ -72,7 +78,8 @@ impl Shim for Actions {
     async fn new(_: &str, flags: &Flags, config: &mut ShimConfig) -> Self {
         config.no_reaper = true;
         config.no_sub_reaper = true;
-        Self { flags: (flags.namespace.clone(), flags.id.clone(), flags.bundle.clone()) }
+        let bundle = if flags.bundle.is_empty() { ".".into() } else { flags.bundle.clone().into() };
+        Self { namespace: flags.namespace.clone(), id: flags.id.clone(), bundle }
     }
 
     async fn start_shim(&mut self, opts: StartOpts) -> Result<String, Error> {
@@ -82,9 +89,7 @@ impl Shim for Actions {
     /// Runs after the shim is gone, however it went. What it left behind on the host is a directory and a cgroup:
     /// mounts and processes went with it.
     async fn delete_shim(&mut self) -> Result<DeleteResponse, Error> {
-        let (namespace, id, bundle) = &self.flags;
-        let bundle = if bundle.is_empty() { env::current_dir().unwrap_or_default() } else { bundle.into() };
-        clean_up(namespace, id, bundle);
+        clean_up(&self.bundle);
         let exit = Exit::now(137);
         let mut answer = DeleteResponse::new();
         answer.exit_status = exit.status;
@@ -96,8 +101,8 @@ impl Shim for Actions {
 
     /// Never called: [`serve`] runs the server.
     async fn create_task_service(&self, publisher: RemotePublisher) -> Service {
-        let events = Events::new(&self.flags.0, &publisher.address);
-        Service::new(&self.flags.0, &self.flags.1, Arc::new(events), Arc::default())
+        let events = Events::new(&self.namespace, &publisher.address);
+        Service::new(&self.namespace, &self.id, Arc::new(events), Arc::default())
     }
 }
 
@@ -130,16 +135,17 @@ pub fn offers_v3() -> bool {
     env::var("MAX_SHIM_VERSION").is_ok_and(|v| v.parse().is_ok_and(|v: u32| v >= 3))
 }
 
-fn clean_up(namespace: &str, id: &str, bundle: PathBuf) {
+fn clean_up(bundle: &Path) {
     let spec = oci_spec::runtime::Spec::load(bundle.join("config.json")).ok();
     let cgroup = spec.as_ref().and_then(|s| s.linux().as_ref()).and_then(|l| l.cgroups_path().clone());
+    // The note is there only in the bundle of a container that was in the pod's way of being made.
+    let Ok(dir) = std::fs::read(bundle.join(DIR_FILE)) else { return };
     if let Some(path) = cgroup
         && let Ok(mut cgroup) = Cgroup::find(&path.to_string_lossy())
     {
         cgroup.remove();
     }
-    let state = Config::load(None).unwrap_or_default().state.dir;
-    remove_dir(&dir_of(&state, namespace, id));
+    remove_dir(Path::new(OsStr::from_bytes(&dir)));
 }
 
 /// Serves the task API until containerd says Shutdown.
