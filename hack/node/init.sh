@@ -12,6 +12,7 @@ fail() {
 mount -t proc proc /proc || fail "no /proc"
 mount -t sysfs sysfs /sys || fail "no /sys"
 mount -t devtmpfs devtmpfs /dev || fail "no /dev"
+# shellcheck disable=SC2013 # words are what is wanted
 for word in $(cat /proc/cmdline); do
   case $word in
     node.project=*) project=${word#*=} ;;
@@ -67,9 +68,13 @@ hostname "chsnap-node-$(uname -m)" 2>/dev/null
 rm -rf etc/mtab etc/resolv.conf
 ln -s /proc/self/mounts etc/mtab
 : >etc/resolv.conf
+# Large pages make a guest's page faults fewer, each of which is dear when its host is emulated.
+echo always >sys/kernel/mm/transparent_hugepage/enabled
+echo always >sys/kernel/mm/transparent_hugepage/shmem_enabled
 load kvm
 [ -e /dev/kvm ] || echo "chsnap-node: no /dev/kvm: the CPU model has no virtualisation" >/dev/kmsg
 load more
 umount /proc /sys /dev 2>/dev/null
+# shellcheck disable=SC2093 # what follows is for when it fails
 exec switch_root /new /usr/bin/python3 "$project/hack/node/agent.py" "NODE_OUT=$out" "NODE_PROJECT=$project"
 fail "no python3 in the root"

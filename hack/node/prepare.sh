@@ -4,11 +4,12 @@
 
 # What is loaded before the root, what makes /dev/kvm, and what pods and their networks may need.
 NODE_MODULES_ROOT=overlay,virtio_blk
-NODE_MODULES_KVM=irqbypass?,kvm?,kvm_amd?
+NODE_MODULES_KVM="irqbypass?,kvm?,kvm_amd?"
 NODE_MODULES_MORE=virtio_rng,tun,loop,erofs,vhost_net,vhost_vsock,vsock_loopback,veth,bridge,br_netfilter,\
 nf_tables,nft_compat,nft_chain_nat,nft_ct,nft_masq,nft_nat,xt_MASQUERADE,xt_nat,xt_addrtype,xt_comment,xt_conntrack,\
 xt_mark,xt_multiport,cls_u32,cls_matchall,act_mirred,sch_ingress
 
+# shellcheck disable=SC2034 # CONSOLE is for node.sh
 prepare() {
   local want free
   # Images, containers and the guests' memory are written there.
