@@ -343,3 +343,55 @@ impl Streams {
         self.add(Some(channel.clone()), Some(channel), true).map_err(ConnectError::Stream)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt as _;
+    use nix::unistd::pipe;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_reader_that_is_dropped_takes_nothing() {
+        let streams = Streams::default();
+        let (ours, theirs) = pipe().unwrap();
+        let id = streams.add_reader(Arc::new(Channel::new(ours, Kind::Pipe).unwrap())).unwrap();
+        let mut sent = Vec::new();
+        let mut seen = Vec::new();
+        for round in 0..200u32 {
+            // Given up before, between and after the bytes arrive.
+            for give_up in 0..3 {
+                if give_up == 1 {
+                    write(&theirs, &round.to_le_bytes()).unwrap();
+                    sent.extend(round.to_le_bytes());
+                }
+                if let Some(data) = streams.read(id, 3).now_or_never() {
+                    seen.extend(data.unwrap());
+                }
+                tokio::task::yield_now().await;
+            }
+        }
+        drop(theirs);
+        loop {
+            let data = streams.read(id, 1000).await.unwrap();
+            if data.is_empty() {
+                break;
+            }
+            seen.extend(data);
+        }
+        assert_eq!(seen, sent);
+    }
+
+    #[tokio::test]
+    async fn there_is_a_bound_on_streams() {
+        let streams = Streams::default();
+        let (_ours, theirs) = pipe().unwrap();
+        let channel = Arc::new(Channel::new(theirs, Kind::Pipe).unwrap());
+        for _ in 0..MAX_STREAMS {
+            streams.add_writer(channel.clone()).unwrap();
+        }
+        assert!(matches!(streams.add_writer(channel.clone()), Err(StreamError::TooMany)));
+        streams.close(1);
+        assert_eq!(streams.add_writer(channel).unwrap(), MAX_STREAMS as u64 + 1);
+    }
+}

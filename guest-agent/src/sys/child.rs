@@ -3,14 +3,19 @@
 //! Only system calls here: no allocation, no lock, no panic. Whatever needs memory was put into the plan.
 
 use std::{
-    ffi::CStr,
     os::fd::RawFd,
     ptr::{null, null_mut},
 };
 
 use libc::{c_char, c_int, c_long, c_uint};
 
-use super::op::{CapabilitySets, Op, Plan};
+use super::{
+    op::{Op, Plan},
+    steps::{
+        AT_RECURSIVE, OPEN_TREE_CLONE, attach, drop_bounding, enter, mask, read_only, set_capabilities, set_read_only,
+        stdio, terminal, write,
+    },
+};
 
 /// The bytes of a [`Report`] on the pipe.
 pub const REPORT_LEN: usize = 12;
@@ -65,14 +70,14 @@ pub(super) struct Context<'a> {
     pub terminal: Option<RawFd>,
 }
 
-type Step = Result<(), c_int>;
+pub(super) type Step = Result<(), c_int>;
 
 fn errno() -> c_int {
     // SAFETY: the location is the calling thread's own.
     unsafe { *libc::__errno_location() }
 }
 
-fn check(result: impl Into<c_long>) -> Result<c_long, c_int> {
+pub(super) fn check(result: impl Into<c_long>) -> Result<c_long, c_int> {
     let result = result.into();
     if result < 0 { Err(errno()) } else { Ok(result) }
 }
@@ -115,10 +120,14 @@ fn report(fd: RawFd, report: Report) {
 /// The parent's handlers must not run here (they would write to its descriptors), and an ignored SIGPIPE would be
 /// inherited by the program.
 fn reset_signals() {
+    // The kernel's sigaction: handler, flags, (restorer,) mask; all zero is the default action. Not the C library's
+    // call, which keeps two signals for itself.
+    let default = [0u64; 4];
     // SAFETY: plain system calls on valid local memory; signals that cannot be changed are refused.
     unsafe {
         for signal in 1..=64 {
-            libc::signal(signal, libc::SIG_DFL);
+            let old = null_mut::<u64>();
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), old, size_of::<u64>());
         }
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&mut none);
@@ -249,191 +258,6 @@ fn carry_out(op: &Op, context: &mut Context<'_>) -> Step {
                 }
             }
         };
-    }
-    Ok(())
-}
-
-// Missing from libc for the C libraries used here.
-const OPEN_TREE_CLONE: c_uint = 1;
-const AT_RECURSIVE: c_uint = 0x8000;
-const MOVE_MOUNT_F_EMPTY_PATH: c_uint = 4;
-const MOUNT_ATTR_RDONLY: u64 = 1;
-
-#[repr(C)]
-struct MountAttr {
-    set: u64,
-    clear: u64,
-    propagation: u64,
-    userns_fd: u64,
-}
-
-fn attach(tree: RawFd, target: &CStr) -> Step {
-    // SAFETY: the strings are NUL-terminated.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_move_mount,
-            tree,
-            c"".as_ptr(),
-            libc::AT_FDCWD,
-            target.as_ptr(),
-            MOVE_MOUNT_F_EMPTY_PATH,
-        )
-    };
-    check(result).map(drop)
-}
-
-fn set_read_only(path: &CStr, flags: c_uint) -> Step {
-    let attr = MountAttr { set: MOUNT_ATTR_RDONLY, clear: 0, propagation: 0, userns_fd: 0 };
-    // SAFETY: the structure is the kernel's mount_attr, of the size passed.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            libc::AT_FDCWD,
-            path.as_ptr(),
-            flags,
-            &raw const attr,
-            size_of::<MountAttr>(),
-        )
-    };
-    check(result).map(drop)
-}
-
-fn exists(path: &CStr) -> bool {
-    // SAFETY: the string is NUL-terminated.
-    unsafe { libc::access(path.as_ptr(), libc::F_OK) == 0 }
-}
-
-fn mask(path: &CStr) -> Step {
-    if !exists(path) {
-        return Ok(());
-    }
-    // SAFETY: all strings are NUL-terminated.
-    unsafe {
-        match check(libc::mount(c"/dev/null".as_ptr(), path.as_ptr(), null(), libc::MS_BIND, null())) {
-            Err(libc::ENOTDIR) => {
-                let (tmpfs, options) = (c"tmpfs".as_ptr(), c"size=0,mode=0755".as_ptr());
-                check(libc::mount(tmpfs, path.as_ptr(), tmpfs, libc::MS_RDONLY, options.cast())).map(drop)
-            }
-            other => other.map(drop),
-        }
-    }
-}
-
-fn read_only(path: &CStr) -> Step {
-    if !exists(path) {
-        return Ok(());
-    }
-    // The root is a mount already; a second one on top of it would not be the process's root.
-    if path != c"/" {
-        // SAFETY: the string is NUL-terminated.
-        check(unsafe { libc::mount(path.as_ptr(), path.as_ptr(), null(), libc::MS_BIND | libc::MS_REC, null()) })?;
-        return set_read_only(path, AT_RECURSIVE);
-    }
-    set_read_only(path, 0)
-}
-
-fn write(path: &CStr, data: &[u8]) -> Step {
-    // SAFETY: the string is NUL-terminated, the buffer lives through the call.
-    unsafe {
-        let fd = check(libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC))? as c_int;
-        let written = check(libc::write(fd, data.as_ptr().cast(), data.len()) as c_long);
-        libc::close(fd);
-        written.map(drop)
-    }
-}
-
-/// The terminal is one of the container's own devpts, so that it has a name there.
-fn terminal(context: &mut Context<'_>, uid: u32, console: bool) -> Step {
-    // SAFETY: plain system calls on descriptors made here and NUL-terminated strings.
-    unsafe {
-        let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC | libc::O_NONBLOCK;
-        let master = check(libc::open(c"/dev/ptmx".as_ptr(), flags))? as c_int;
-        let unlock: c_int = 0;
-        check(libc::ioctl(master, libc::TIOCSPTLCK, &raw const unlock))?;
-        let peer_flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
-        let slave = check(libc::ioctl(master, libc::TIOCGPTPEER, peer_flags))? as c_int;
-        check(libc::fchown(slave, uid, u32::MAX))?;
-        if console {
-            let tree = libc::syscall(
-                libc::SYS_open_tree,
-                slave,
-                c"".as_ptr(),
-                OPEN_TREE_CLONE | libc::AT_EMPTY_PATH as c_uint | libc::O_CLOEXEC as c_uint,
-            );
-            let tree = check(tree)? as c_int;
-            attach(tree, c"/dev/console")?;
-            libc::close(tree);
-        }
-        stdio([slave; 3])?;
-        context.terminal = Some(master);
-    }
-    Ok(())
-}
-
-fn stdio(fds: [RawFd; 3]) -> Step {
-    for (number, fd) in fds.into_iter().enumerate() {
-        // SAFETY: the descriptors are the parent's, and above 2 since its own stdio is open.
-        check(unsafe { libc::dup2(fd, number as c_int) })?;
-    }
-    Ok(())
-}
-
-/// Refuses a directory outside the root, into which a leaked descriptor could lead.
-fn enter(path: &CStr) -> Step {
-    let mut name = [0u8; libc::PATH_MAX as usize];
-    // SAFETY: the buffer is as long as said.
-    unsafe {
-        check(libc::chdir(path.as_ptr()))?;
-        check(libc::syscall(libc::SYS_getcwd, name.as_mut_ptr(), name.len()))?;
-    }
-    if name.first() == Some(&b'/') { Ok(()) } else { Err(libc::EACCES) }
-}
-
-fn drop_bounding(keep: u64) -> Step {
-    for capability in 0..64u64 {
-        if keep & (1 << capability) != 0 {
-            continue;
-        }
-        // SAFETY: takes numbers only. EINVAL: one past the last capability of this kernel.
-        let result = check(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) });
-        if result == Err(libc::EINVAL) {
-            break;
-        }
-        result?;
-    }
-    Ok(())
-}
-
-#[repr(C)]
-struct CapHeader {
-    version: u32,
-    pid: c_int,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct CapData {
-    effective: u32,
-    permitted: u32,
-    inheritable: u32,
-}
-
-fn set_capabilities(sets: &CapabilitySets) -> Step {
-    const VERSION_3: u32 = 0x2008_0522;
-    let header = CapHeader { version: VERSION_3, pid: 0 };
-    let half = |shift: u32| CapData {
-        effective: (sets.effective >> shift) as u32,
-        permitted: (sets.permitted >> shift) as u32,
-        inheritable: (sets.inheritable >> shift) as u32,
-    };
-    let data = [half(0), half(32)];
-    // SAFETY: header and data have the layout of version 3, which takes two data structures.
-    unsafe {
-        check(libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()))?;
-        check(libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))?;
-        for capability in (0..64u64).filter(|c| sets.ambient & (1 << c) != 0) {
-            check(libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE, capability, 0, 0))?;
-        }
     }
     Ok(())
 }

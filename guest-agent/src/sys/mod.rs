@@ -6,6 +6,7 @@
 mod child;
 mod clone;
 mod op;
+mod steps;
 mod wrap;
 
 pub use child::{REPORT_LEN, Report};

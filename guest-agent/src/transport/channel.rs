@@ -79,12 +79,17 @@ impl Channel {
         self.taken = 0;
     }
 
+    /// Whether bytes have been read that nobody has taken.
+    pub fn has_more(&self) -> bool {
+        self.taken < self.buffer.len()
+    }
+
     /// Waits until there is a host on the other end.
     ///
     /// # Errors
     /// If the device has gone.
     pub async fn wait_for_host(&mut self) -> io::Result<()> {
-        if self.taken < self.buffer.len() {
+        if self.has_more() {
             return Ok(());
         }
         match &self.raw {

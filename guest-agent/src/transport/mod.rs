@@ -65,9 +65,15 @@ pub enum Source {
 #[derive(Debug)]
 pub struct Port(Option<Channel>);
 
-/// The other end, and how long to wait before it is tried again.
+/// Connections to the other end.
 #[derive(Debug)]
-pub struct Socket(Peer, Backoff);
+pub struct Socket {
+    peer: Peer,
+    /// How long to wait before the next one.
+    backoff: Backoff,
+    /// A connection on which the next greeting has come already.
+    greeted: Option<Channel>,
+}
 
 impl Source {
     /// The virtio-serial port if there is one, else vsock. Devices may appear a little late.
@@ -94,7 +100,7 @@ impl Source {
 
     /// A socket to connect to, again and again.
     pub fn peer(peer: Peer) -> Self {
-        Self::Socket(Socket(peer, Backoff::new()))
+        Self::Socket(Socket { peer, backoff: Backoff::new(), greeted: None })
     }
 
     /// A channel with a host on its other end.
@@ -105,11 +111,14 @@ impl Source {
                 channel.wait_for_host().await.map_err(TransportError::Port)?;
                 Ok(channel)
             }
-            Self::Socket(Socket(peer, backoff)) => loop {
-                match peer.connect().await {
-                    Ok(socket) => return Ok(Channel::new(channel::Raw::Socket(socket))),
+            Self::Socket(socket) => loop {
+                if let Some(channel) = socket.greeted.take() {
+                    return Ok(channel);
+                }
+                match socket.peer.connect().await {
+                    Ok(fd) => return Ok(Channel::new(channel::Raw::Socket(fd))),
                     // Nobody listens yet, or not any more.
-                    Err(_) => backoff.pause().await,
+                    Err(_) => socket.backoff.pause().await,
                 }
             },
         }
@@ -119,8 +128,11 @@ impl Source {
     async fn done(&mut self, channel: Channel, began: bool) {
         match self {
             Self::Port(port) => port.0 = Some(channel),
-            Self::Socket(Socket(_, backoff)) if began => *backoff = Backoff::new(),
-            Self::Socket(Socket(_, backoff)) => backoff.pause().await,
+            Self::Socket(socket) if began => {
+                socket.backoff = Backoff::new();
+                socket.greeted = Some(channel).filter(Channel::has_more);
+            }
+            Self::Socket(socket) => socket.backoff.pause().await,
         }
     }
 

@@ -215,3 +215,7 @@ impl AsyncWrite for Session {
         Poll::Ready(Ok(()))
     }
 }
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;

@@ -93,10 +93,13 @@ impl Agent {
             .stdin(Std::null())
             .spawn()
             .unwrap();
-        // Replaced by a real one before it is used.
-        let (unused, _) = tokio::io::duplex(1);
-        let client = AgentClient::new(Client::new(Socket::new(unused)));
-        Self { client, listener, process, dir, cgroup }
+        Self { client: nobody(), listener, process, dir, cgroup }
+    }
+
+    /// Gives up the session and opens the next one.
+    pub async fn reconnect(&mut self) {
+        self.client = nobody();
+        self.client = self.session().await;
     }
 
     /// The agent's connection, before the greeting.
@@ -281,6 +284,12 @@ impl Drop for Agent {
     }
 }
 
+/// A client that is replaced before it is used.
+fn nobody() -> AgentClient {
+    let (unused, _) = tokio::io::duplex(1);
+    AgentClient::new(Client::new(Socket::new(unused)))
+}
+
 /// Cgroups go by rmdir alone.
 fn remove_tree(path: &Path) {
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
@@ -313,7 +322,7 @@ fn image(root: &Path) {
     }
     fs::copy(busybox().unwrap(), root.join("bin/busybox")).unwrap();
     let applets = "sh echo cat sleep id ls mount stat tty stty head tail dd wc env pwd kill ps hostname mkdir touch \
-                   grep readlink test ulimit seq tr true false nc mknod chmod sort";
+                   grep readlink test ulimit seq tr true false yes nc mknod chmod sort";
     for applet in applets.split_whitespace() {
         symlink("busybox", root.join("bin").join(applet)).unwrap();
     }
