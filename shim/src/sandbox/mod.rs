@@ -190,8 +190,9 @@ impl Sandbox {
         phases.mark("vmm");
 
         let (agent, info) = meet_agent(&**vm, virtiofsd, config).await?;
-        // The guest's own clock splits the wait: the kernel until /init, then the agent's start.
-        phases.mark_split("kernel", Duration::from_nanos(info.init_start_ns), "agent");
+        // The guest's own clock says what vm_init.sh and the agent took; the rest of the wait is firmware and kernel.
+        let init_to_ready = Duration::from_nanos(info.agent_ready_ns.saturating_sub(info.init_start_ns));
+        phases.mark_two("kernel", "agent", init_to_ready);
         let streams = agent
             .create_container(first.id, first.plan.spec_json.clone(), first.stdio.clone())
             .await

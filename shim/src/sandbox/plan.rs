@@ -83,6 +83,10 @@ impl Plan {
             ignored: ignored(&spec),
         };
         plan.divide_mounts(container, &mut spec)?;
+        if spec.hostname().as_ref().is_none_or(String::is_empty) {
+            // runc would leave the host's name there, which is not the guest's.
+            spec.set_hostname(Some(container.into()));
+        }
         if let Some(root) = spec.root_mut() {
             root.set_path(guest_dir(container).join("rootfs"));
             // The host closes it.
@@ -223,6 +227,7 @@ mod tests {
         assert_eq!(plan.staged.len(), 1, "what the guest's tmpfs would hide is bound by the guest");
         assert_eq!(plan.mountpoints, [Path::new("/proc"), Path::new("/run")]);
         let guest: Spec = serde_json::from_slice(&plan.spec_json).unwrap();
+        assert_eq!(guest.hostname().as_deref(), Some("web"));
         let mounts = guest.mounts().as_ref().unwrap();
         assert_eq!(mounts.len(), 3);
         assert_eq!(mounts[2].source().as_ref().unwrap(), Path::new("/run/chsnap/share/web/binds/0"));

@@ -104,7 +104,9 @@ impl Service {
             sandbox.stop().await;
             return Err(TaskError::Record(e));
         }
-        log::info!("started: {state:?}");
+        let (vmm, accelerator) = sandbox.driver();
+        let ms = phases.total().as_millis();
+        log::info!("VM started by direct boot in {ms} ms: {vmm} on {accelerator}, {:?} us", state.phases_us);
         *slot = Some((Arc::clone(&sandbox), request.config.clone()));
         Ok((streams, sandbox))
     }
