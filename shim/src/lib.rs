@@ -8,6 +8,7 @@ pub mod agent;
 pub mod cgroup;
 pub mod child;
 pub mod config;
+pub mod doctor;
 pub mod image;
 pub mod sandbox;
 pub mod share;

@@ -2,7 +2,8 @@
 #![allow(clippy::unwrap_used)] // The helpers are test code too.
 
 use std::{
-    fs,
+    env, fs,
+    path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
 
@@ -118,4 +119,98 @@ fn a_reader_that_leaves_is_no_error() {
         .output()
         .unwrap();
     assert_eq!((text(&output.stderr), output.status.code()), (String::new(), Some(0)));
+}
+
+/// Every check that there is, in order.
+const CHECKS: [&str; 17] = [
+    "configuration",
+    "root",
+    "host kernel",
+    "host size",
+    "cgroups",
+    "kvm",
+    "cloud-hypervisor",
+    "qemu",
+    "driver",
+    "virtiofsd",
+    "guest kernel",
+    "guest initramfs",
+    "shim",
+    "containerd",
+    "overlayfs",
+    "/dev/net/tun",
+    "state directory",
+];
+
+fn doctor(path: &str, config: &str, args: &[&str]) -> Output {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("config.toml");
+    fs::write(&file, config).unwrap();
+    let command = [&["doctor", "--config", file.to_str().unwrap()], args].concat();
+    Command::new(env!("CARGO_BIN_EXE_chsnap")).args(command).env("PATH", path).stdin(Stdio::null()).output().unwrap()
+}
+
+#[test]
+fn doctor_on_a_bare_host_names_what_is_missing() {
+    let config = "[guest]\nkernel = '/nowhere/vmlinux'\ninitramfs = '/dev/null'\n[share]\nvirtiofsd = '/nowhere/v'\n";
+    let output = doctor("/nowhere", config, &["--json"]);
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&report["ok"], &report["driver"]), (&false.into(), &Value::Null));
+    let checks = report["checks"].as_array().unwrap();
+    let names: Vec<_> = checks.iter().map(|check| check["name"].as_str().unwrap()).collect();
+    assert_eq!(names, CHECKS);
+    for check in checks {
+        let status = check["status"].as_str().unwrap();
+        assert!(["ok", "warn", "missing"].contains(&status), "{check}");
+        assert!(!check["found"].as_str().unwrap().is_empty(), "{check}");
+        assert!(status != "ok" || check["mend"].is_null(), "{check}");
+    }
+    let found = |name| &checks[CHECKS.iter().position(|check| *check == name).unwrap()];
+    for name in ["driver", "virtiofsd", "guest kernel", "guest initramfs"] {
+        assert_eq!(found(name)["status"], "missing", "{name}");
+    }
+    assert_eq!(found("guest kernel")["found"], "/nowhere/vmlinux: No such file or directory (os error 2)");
+    assert_eq!(found("guest initramfs")["found"], "/dev/null: not a file");
+
+    let table = doctor("/nowhere", config, &[]);
+    assert_eq!(table.status.code(), Some(1));
+    let table = text(&table.stdout);
+    assert!(table.contains("\nmissing  guest kernel "), "{table}");
+    assert!(table.ends_with("\nNo container can run.\n"), "{table}");
+}
+
+#[test]
+fn doctor_finds_a_wrong_configuration_and_looks_on() {
+    let output = doctor("/nowhere", "[guest]\ndefault_memory = '1MiB'\n", &["--json"]);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["checks"][0]["status"], "missing");
+    let found = report["checks"][0]["found"].as_str().unwrap();
+    assert!(
+        found.ends_with("config.toml:2:18: guest.default_memory: 1MiB is too little for a guest; the least is 64MiB"),
+        "{found}"
+    );
+    assert_eq!(report["checks"].as_array().unwrap().len(), CHECKS.len());
+}
+
+/// With what `make build` made.
+#[test]
+fn doctor_is_content_where_everything_is_there() {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let target = env::var_os("CHSNAP_TARGET").map_or_else(|| workspace.join("target"), PathBuf::from);
+    let arch = if cfg!(target_arch = "x86_64") { ("amd64", "vmlinux") } else { ("arm64", "Image") };
+    let (tools, guest) = (target.join("tools/bin"), target.join("guest").join(arch.0));
+    let needed = [tools.join("virtiofsd"), guest.join(arch.1), guest.join("initramfs")];
+    if let Some(missing) = needed.iter().find(|path| !path.exists()) {
+        eprintln!("SKIPPED: {} is not there: run `make build`", missing.display());
+        return;
+    }
+    let shims = Path::new(env!("CARGO_BIN_EXE_chsnap")).parent().unwrap();
+    let path =
+        env::join_paths([&tools, shims, Path::new("/usr/bin"), Path::new("/usr/sbin"), Path::new("/bin")]).unwrap();
+    let config = format!("[vmm]\nchoice = 'qemu'\n[guest]\nkernel = {:?}\ninitramfs = {:?}\n", needed[1], needed[2]);
+    let output = doctor(path.to_str().unwrap(), &config, &["--json"]);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((output.status.code(), &report["ok"]), (Some(0), &true.into()), "{report:#}");
+    assert_eq!(report["driver"]["vmm"], "qemu");
 }

@@ -5,6 +5,7 @@ use std::{error::Error, io, io::Write, process::ExitCode};
 use chsnap::task::chain;
 use clap::{Parser, Subcommand};
 
+mod doctor;
 mod image;
 mod ps;
 mod table;
@@ -19,6 +20,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Tell what a container needs on this host, what is missing, and how to mend it; exit with 0 if one could run
+    Doctor(doctor::Args),
     /// List the pods that run on this host
     Ps(ps::Args),
     /// Make images
@@ -31,6 +34,7 @@ type Outcome = Result<ExitCode, Box<dyn Error>>;
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
+        Command::Doctor(args) => doctor::run(&args),
         Command::Ps(args) => ps::run(&args),
         Command::Image(command) => image::run(command),
     };

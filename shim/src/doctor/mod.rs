@@ -1,0 +1,101 @@
+//! `chsnap doctor`: what a container needs on this host, what of it is there, and how to mend the rest.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::{
+    config::{Config, DEFAULT_PATH},
+    task::chain,
+    vmm::{self, Taken},
+};
+
+mod elf;
+mod guest;
+mod host;
+mod machine;
+mod programs;
+
+/// What was looked at.
+#[derive(Debug, Clone, Serialize)]
+pub struct Check {
+    /// Stable, for programs.
+    pub name: &'static str,
+    /// How it is.
+    pub status: Status,
+    /// What was found.
+    pub found: String,
+    /// What to do, where something is wrong and `found` does not say it.
+    pub mend: Option<String>,
+}
+
+/// How it is with one thing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// As it should be.
+    Ok,
+    /// Containers run all the same; something is slower or left out.
+    Warn,
+    /// No container can run.
+    Missing,
+}
+
+/// Everything that was looked at.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// Whether a container could run.
+    pub ok: bool,
+    /// What would run it.
+    pub driver: Option<Taken>,
+    /// One by one.
+    pub checks: Vec<Check>,
+}
+
+impl Check {
+    fn ok(name: &'static str, found: impl Into<String>) -> Self {
+        Self { name, status: Status::Ok, found: found.into(), mend: None }
+    }
+
+    fn warn(name: &'static str, found: impl Into<String>, mend: impl Into<String>) -> Self {
+        Self { name, status: Status::Warn, found: found.into(), mend: Some(mend.into()) }
+    }
+
+    fn missing(name: &'static str, found: impl Into<String>, mend: impl Into<String>) -> Self {
+        Self { name, status: Status::Missing, found: found.into(), mend: Some(mend.into()) }
+    }
+}
+
+/// Looks at everything, under the configuration that a container would get.
+pub async fn examine(explicit: Option<&Path>) -> Report {
+    let (config, configuration) = configuration(explicit);
+    let mut checks = vec![configuration, host::root(), host::kernel(), host::size(&config), host::cgroups()];
+    let survey = vmm::survey(&config.vmm).await;
+    checks.extend(machine::checks(&survey));
+    checks.push(programs::virtiofsd(&config.share).await);
+    checks.push(guest::kernel(&config.guest.kernel));
+    checks.push(guest::initramfs(&config.guest.initramfs));
+    checks.push(programs::shim());
+    checks.push(programs::containerd().await);
+    checks.extend([host::overlay(), host::tun(), host::state(&config.state.dir)]);
+    Report { ok: checks.iter().all(|check| check.status != Status::Missing), driver: survey.taken, checks }
+}
+
+/// The rest is looked at under the defaults where the file cannot be used.
+fn configuration(explicit: Option<&Path>) -> (Config, Check) {
+    let name = "configuration";
+    match Config::load(explicit) {
+        Ok(config) => {
+            let found = match explicit {
+                Some(path) => path.display().to_string(),
+                None if Path::new(DEFAULT_PATH).exists() => DEFAULT_PATH.into(),
+                None => format!("{DEFAULT_PATH} does not exist; every setting has its default"),
+            };
+            (config, Check::ok(name, found))
+        }
+        Err(error) => {
+            let mend = "correct the file; the checks below use the defaults";
+            (Config::default(), Check::missing(name, chain(&error), mend))
+        }
+    }
+}
