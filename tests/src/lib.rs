@@ -1,1 +1,27 @@
-//! The harness of the integration tests.
+//! The harness of the integration tests: a private containerd, containers on it, and the check that nothing is left.
+//!
+//! Nothing here touches a system's own containerd. All that a run makes lies below one directory in `/run`, carries
+//! that directory's name in its environment, and is looked for after every test.
+
+mod containerd;
+mod ctr;
+mod leak;
+mod pod;
+mod proc;
+mod pty;
+mod run;
+mod settings;
+mod tools;
+
+pub mod http;
+pub mod table;
+
+pub use containerd::{Containerd, Version, stop_all, sweep};
+pub use ctr::Ctr;
+pub use leak::Baseline;
+pub use pod::{Container, Env, IMAGE, Started, Vmm};
+pub use proc::{Process, kill, marked, rss_kib};
+pub use pty::Pty;
+pub use run::{Output, Run, Running, eventually};
+pub use settings::Settings;
+pub use tools::Tools;

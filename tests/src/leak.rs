@@ -1,0 +1,140 @@
+//! What a case may not leave behind.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use crate::{Containerd, eventually, proc};
+
+const SHIM_SOCKETS: &str = "/run/containerd/s";
+const NETWORK_NAMESPACES: [&str; 2] = ["/run/netns", "/var/run/netns"];
+
+/// What was there before a case.
+#[derive(Debug)]
+pub struct Baseline {
+    before: BTreeSet<String>,
+}
+
+impl Baseline {
+    /// Looks around.
+    #[must_use]
+    pub fn take(containerd: &Containerd) -> Self {
+        Self { before: look(containerd) }
+    }
+
+    /// What is there now that was not there before, once everything had time to go.
+    #[must_use]
+    pub fn leftovers(&self, containerd: &Containerd) -> Vec<String> {
+        let mut left = Vec::new();
+        let gone = eventually(Duration::from_secs(5), || {
+            left = look(containerd).difference(&self.before).cloned().collect();
+            left.is_empty().then_some(())
+        });
+        if gone.is_some() { Vec::new() } else { left }
+    }
+}
+
+fn look(containerd: &Containerd) -> BTreeSet<String> {
+    let mut all = BTreeSet::new();
+    let me = containerd.pid();
+    for process in proc::marked(&containerd.run).into_iter().filter(|p| Some(p.pid) != me) {
+        all.insert(format!("process {}: {}", process.pid, process.args));
+    }
+    for mount in mounts_below(&containerd.run).into_iter().chain(mounts_below(&containerd.root)) {
+        all.insert(format!("mount {}", mount.display()));
+    }
+    all.extend(foreign_mounts(&containerd.pods()));
+    let bundles = format!("io.containerd.runtime.v2.task/{}", containerd.namespace);
+    let dirs = ["s", "fifo", "tmp", &format!("state/{bundles}")].map(|d| containerd.run.join(d));
+    for dir in dirs.iter().chain([&containerd.root.join("root").join(&bundles)]) {
+        all.extend(children(dir).into_iter().map(|p| format!("file {}", p.display())));
+    }
+    all.extend(dead_sockets());
+    for dir in cgroup_dirs(&containerd.namespace) {
+        all.extend(children(&dir).into_iter().filter(|p| p.is_dir()).map(|p| format!("cgroup {}", p.display())));
+    }
+    for dir in NETWORK_NAMESPACES {
+        all.extend(children(Path::new(dir)).into_iter().map(|p| format!("network namespace {}", p.display())));
+    }
+    for (what, args) in [
+        ("task", ["task", "ls", "-q"]),
+        ("container", ["container", "ls", "-q"]),
+        ("lease", ["lease", "ls", "-q"]),
+    ] {
+        all.extend(containerd.list(&args).into_iter().map(|id| format!("{what} {id} in containerd")));
+    }
+    for snapshotter in ["overlayfs", "native"] {
+        for line in containerd.list(&["snapshot", "--snapshotter", snapshotter, "ls"]) {
+            if line.trim_end().ends_with("Active") {
+                all.insert(format!("{snapshotter} snapshot {line}"));
+            }
+        }
+    }
+    all
+}
+
+/// Mount points below `dir` that this process sees, deepest first.
+pub(crate) fn mounts_below(dir: &Path) -> Vec<PathBuf> {
+    let info = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mut found: Vec<PathBuf> = places(&info).filter(|p| p.starts_with(dir) && p != dir).collect();
+    found.reverse();
+    found
+}
+
+fn places(mountinfo: &str) -> impl Iterator<Item = PathBuf> + '_ {
+    mountinfo.lines().filter_map(|l| l.split(' ').nth(4).map(PathBuf::from))
+}
+
+/// Mounts below `dir` in the mount namespace of any process: a namespace that outlives its shim keeps them.
+fn foreign_mounts(dir: &Path) -> Vec<String> {
+    let mut seen = BTreeSet::new();
+    let mut found = Vec::new();
+    for pid in proc::pids() {
+        let Ok(ns) = fs::metadata(format!("/proc/{pid}/ns/mnt")) else { continue };
+        if seen.insert(ns.ino()) {
+            let info = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
+            let ours = places(&info).filter(|p| p.starts_with(dir));
+            found.extend(ours.map(|p| format!("mount {} in the mount namespace of process {pid}", p.display())));
+        }
+    }
+    found
+}
+
+/// Sockets of shims on which nobody listens any more.
+fn dead_sockets() -> Vec<String> {
+    let listening = fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    let files = children(Path::new(SHIM_SOCKETS));
+    let dead = files.into_iter().filter(|p| !listening.contains(&p.display().to_string()));
+    dead.map(|p| format!("socket {}", p.display())).collect()
+}
+
+fn children(dir: &Path) -> Vec<PathBuf> {
+    fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path()).collect()
+}
+
+/// The directory of that name in every hierarchy; containers' cgroups are in it.
+fn cgroup_dirs(namespace: &str) -> Vec<PathBuf> {
+    let info = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let cgroups = info.lines().filter(|l| l.contains(" - cgroup"));
+    cgroups.filter_map(|l| l.split(' ').nth(4)).map(|p| Path::new(p).join(namespace)).filter(|p| p.is_dir()).collect()
+}
+
+pub(crate) fn remove_cgroups(namespace: &str) {
+    for dir in cgroup_dirs(namespace) {
+        for child in children(&dir).into_iter().filter(|p| p.is_dir()) {
+            let _ = fs::remove_dir(child);
+        }
+        let _ = fs::remove_dir(dir);
+    }
+}
+
+pub(crate) fn unmount(dirs: &[PathBuf]) {
+    for place in dirs.iter().flat_map(|d| mounts_below(d)) {
+        let _ = Command::new("umount").arg("-l").arg(place).status();
+    }
+}

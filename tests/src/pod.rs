@@ -1,0 +1,349 @@
+//! Containers under test.
+
+use std::{
+    ffi::{OsStr, OsString},
+    fmt, fs,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::{Containerd, Ctr, Output, Process, Run, Settings, Tools, proc};
+
+/// The demo image.
+pub const IMAGE: &str = "localhost/chsnap/python-demo:latest";
+
+/// Booting takes seconds under emulation; a machine that is busy besides takes more.
+const START_LIMIT: Duration = Duration::from_secs(90);
+
+/// What runs the containers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Vmm {
+    /// chsnap with QEMU.
+    Qemu,
+    /// chsnap with Cloud Hypervisor.
+    CloudHypervisor,
+    /// No VMM at all: the reference that chsnap is compared with.
+    Runc,
+}
+
+impl fmt::Display for Vmm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Qemu => "qemu",
+            Self::CloudHypervisor => "cloud-hypervisor",
+            Self::Runc => "runc",
+        })
+    }
+}
+
+/// What a case runs in.
+#[derive(Debug)]
+pub struct Env {
+    /// The containerd.
+    pub daemon: Arc<Containerd>,
+    /// What runs the containers.
+    pub vmm: Vmm,
+    /// The case's own directory on the host, removed after it.
+    pub dir: PathBuf,
+}
+
+static NUMBER: AtomicU32 = AtomicU32::new(1);
+
+impl Env {
+    /// A case's surroundings.
+    pub fn new(daemon: Arc<Containerd>, vmm: Vmm) -> Result<Self> {
+        let dir = daemon.root.join(format!("case-{}", NUMBER.fetch_add(1, Ordering::Relaxed)));
+        fs::create_dir_all(&dir)?;
+        Ok(Self { daemon, vmm, dir })
+    }
+
+    /// containerd's client.
+    #[must_use]
+    pub fn ctr(&self) -> &Ctr {
+        &self.daemon.ctr
+    }
+
+    /// Whether the containers have a kernel of their own.
+    #[must_use]
+    pub fn is_vm(&self) -> bool {
+        self.vmm != Vmm::Runc
+    }
+
+    /// The configuration with which a container of this case starts.
+    #[must_use]
+    pub fn settings(&self) -> Settings {
+        let tools = Tools::get();
+        let settings = Settings::default()
+            .set("vmm", "choice", format!("\"{}\"", self.vmm))
+            .path("vmm", "qemu", &tools.qemu)
+            .path("guest", "kernel", &tools.kernel)
+            .path("guest", "initramfs", &tools.initramfs)
+            .path("share", "virtiofsd", &tools.virtiofsd)
+            .path("state", "dir", self.daemon.pods());
+        match &tools.cloud_hypervisor {
+            Some(path) => settings.path("vmm", "cloud_hypervisor", path),
+            None => settings,
+        }
+    }
+
+    /// A container that is not there yet.
+    #[must_use]
+    pub fn container(&self) -> Container<'_> {
+        Container {
+            env: self,
+            id: format!("c{}", NUMBER.fetch_add(1, Ordering::Relaxed)),
+            flags: Vec::new(),
+            image: IMAGE.into(),
+            command: Vec::new(),
+            settings: self.settings(),
+        }
+    }
+
+    /// `chsnap` with this case's configuration.
+    pub fn chsnap<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<Run> {
+        let config = self.settings().write(&self.dir)?;
+        Ok(Run::new(Tools::get().bin.join("chsnap")).arg("--config").arg(config).args(args))
+    }
+
+    /// The processes of this containerd's containers whose program's name contains `name`.
+    #[must_use]
+    pub fn processes(&self, name: &str) -> Vec<Process> {
+        proc::marked(&self.daemon.run).into_iter().filter(|p| p.is(name)).collect()
+    }
+
+    /// The only process of that name.
+    pub fn process(&self, name: &str) -> Result<Process> {
+        let mut found = self.processes(name);
+        // virtiofsd runs as two: a parent that waits, and the one in the namespaces.
+        ensure!(!found.is_empty(), "no process {name}");
+        Ok(found.remove(0))
+    }
+
+    /// The name of this VMM's process.
+    #[must_use]
+    pub fn vmm_name(&self) -> &'static str {
+        match self.vmm {
+            Vmm::Qemu => "qemu-system",
+            Vmm::CloudHypervisor => "cloud-hypervisor",
+            Vmm::Runc => "runc",
+        }
+    }
+}
+
+impl Drop for Env {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// A container to be made.
+#[derive(Debug)]
+pub struct Container<'a> {
+    env: &'a Env,
+    /// Its name.
+    pub id: String,
+    flags: Vec<OsString>,
+    image: String,
+    command: Vec<OsString>,
+    settings: Settings,
+}
+
+impl<'a> Container<'a> {
+    /// Adds flags of `ctr run`.
+    #[must_use]
+    pub fn flags<S: AsRef<OsStr>>(mut self, flags: impl IntoIterator<Item = S>) -> Self {
+        self.flags.extend(flags.into_iter().map(|f| f.as_ref().to_owned()));
+        self
+    }
+
+    /// Adds an annotation.
+    #[must_use]
+    pub fn annotation(self, name: &str, value: &str) -> Self {
+        self.flags(["--annotation", &format!("{name}={value}")])
+    }
+
+    /// Another name.
+    #[must_use]
+    pub fn id(mut self, id: &str) -> Self {
+        self.id = id.into();
+        self
+    }
+
+    /// Another image.
+    #[must_use]
+    pub fn image(mut self, image: &str) -> Self {
+        self.image = image.into();
+        self
+    }
+
+    /// What it runs; without it, what the image says.
+    #[must_use]
+    pub fn command<S: AsRef<OsStr>>(mut self, command: impl IntoIterator<Item = S>) -> Self {
+        self.command = command.into_iter().map(|c| c.as_ref().to_owned()).collect();
+        self
+    }
+
+    /// A shell script instead.
+    #[must_use]
+    pub fn sh(self, script: &str) -> Self {
+        self.command(["/bin/sh", "-c", script])
+    }
+
+    /// A Python program instead.
+    #[must_use]
+    pub fn python(self, program: &str) -> Self {
+        self.command(["python3", "-c", program])
+    }
+
+    /// Changes the configuration.
+    #[must_use]
+    pub fn settings(mut self, change: impl FnOnce(Settings) -> Settings) -> Self {
+        self.settings = change(self.settings);
+        self
+    }
+
+    /// `verb` (`run`, `container create`) with everything that describes the container.
+    pub fn ctr(&self, verb: &[&str], flags: &[&str], wrapper: Option<&[&str]>) -> Result<Run> {
+        let mut run = self.env.ctr().under(wrapper).args(verb).args(flags);
+        run = match self.env.vmm {
+            Vmm::Runc => run.args(["--runtime", "io.containerd.runc.v2"]),
+            _ => {
+                let config = self.settings.write(&self.env.dir)?;
+                run.args(["--runtime", "io.containerd.chsnap.v2", "--runtime-config-path"]).arg(config)
+            }
+        };
+        if verb == ["run"] {
+            run = run.arg("--fifo-dir").arg(self.env.daemon.run.join("fifo"));
+        }
+        Ok(run.args(&self.flags).arg(&self.image).arg(&self.id).args(&self.command).limit(START_LIMIT))
+    }
+
+    /// `ctr run --rm` in the foreground.
+    pub fn run(self) -> Result<Run> {
+        self.ctr(&["run"], &["--rm"], None)
+    }
+
+    /// Runs it in the foreground to its end.
+    pub fn output(self) -> Result<Output> {
+        self.run()?.output()
+    }
+
+    /// `ctr run -d`; its output goes to a file.
+    pub fn start(self) -> Result<Started<'a>> {
+        let log = self.env.dir.join(format!("{}.log", self.id));
+        let run = self.ctr(&["run"], &["-d", "--log-uri", &format!("file://{}", log.display())], None)?;
+        // From here on, there may be something to remove.
+        let started = Started { env: self.env, id: self.id.clone(), log, removed: false };
+        run.output()?.success()?;
+        Ok(started)
+    }
+}
+
+/// A container that runs, or has run; removed when dropped.
+#[derive(Debug)]
+pub struct Started<'a> {
+    env: &'a Env,
+    /// Its name.
+    pub id: String,
+    log: PathBuf,
+    removed: bool,
+}
+
+impl<'a> Started<'a> {
+    /// Takes care of a container that was made in another way.
+    #[must_use]
+    pub fn adopt(env: &'a Env, id: &str) -> Self {
+        Self { env, id: id.into(), log: env.dir.join(format!("{id}.log")), removed: false }
+    }
+
+    /// `ctr task exec` with flags.
+    pub fn exec_with<S: AsRef<OsStr>>(&self, flags: &[&str], command: impl IntoIterator<Item = S>) -> Run {
+        let exec = format!("e{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        let fifos = self.env.daemon.run.join("fifo");
+        let run = self.env.ctr().run(["task", "exec"]).arg("--fifo-dir").arg(fifos);
+        let run = if flags.contains(&"--exec-id") { run } else { run.args(["--exec-id", &exec]) };
+        run.args(flags).arg(&self.id).args(command)
+    }
+
+    /// `ctr task exec`.
+    pub fn exec<S: AsRef<OsStr>>(&self, command: impl IntoIterator<Item = S>) -> Run {
+        self.exec_with(&[], command)
+    }
+
+    /// Runs a shell script inside, which must succeed; answers its output, trimmed.
+    pub fn sh(&self, script: &str) -> Result<String> {
+        self.exec(["/bin/sh", "-c", script]).text()
+    }
+
+    /// Runs a Python program inside, which must succeed; answers its output, trimmed.
+    pub fn python(&self, program: &str) -> Result<String> {
+        self.exec(["python3", "-c", program]).text()
+    }
+
+    /// Sends a signal with `ctr task kill`.
+    pub fn kill(&self, signal: &str) -> Result<Output> {
+        self.env.ctr().output(["task", "kill", "-s", signal, &self.id])
+    }
+
+    /// What it printed so far.
+    #[must_use]
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Waits until it has printed `text`.
+    pub fn wait_log(&self, text: &str) -> Result<()> {
+        let found = crate::eventually(Duration::from_secs(30), || self.log().contains(text).then_some(()));
+        found.with_context(|| format!("{} never printed {text:?}, but: {}", self.id, self.log()))
+    }
+
+    /// The pod's directory on the host.
+    #[must_use]
+    pub fn pod_dir(&self) -> PathBuf {
+        self.env.daemon.pods().join(&self.env.daemon.namespace).join(&self.id)
+    }
+
+    /// The directory on the host into which the container's writes go.
+    pub fn upper(&self, snapshotter: &str) -> Result<PathBuf> {
+        let args = ["snapshot", "--snapshotter", snapshotter, "mounts", "/mnt", &self.id];
+        let mount = self.env.ctr().text(args)?;
+        let upper = mount.split([' ', ',']).find_map(|o| o.strip_prefix("upperdir="));
+        let native = mount.split(' ').skip_while(|w| *w != "bind").nth(1);
+        upper.or(native).map(PathBuf::from).with_context(|| format!("no directory in: {mount}"))
+    }
+
+    /// Ends and removes it: `ctr task rm -f`, `ctr container rm`.
+    pub fn remove(mut self) -> Result<()> {
+        self.take_down()
+    }
+
+    /// It has been removed in another way.
+    pub fn forget(mut self) {
+        self.removed = true;
+    }
+
+    fn take_down(&mut self) -> Result<()> {
+        if std::mem::replace(&mut self.removed, true) {
+            return Ok(());
+        }
+        let ctr = self.env.ctr();
+        let task = ctr.run(["task", "rm", "-f", &self.id]).limit(Duration::from_secs(30)).output()?;
+        let container = ctr.output(["container", "rm", &self.id])?;
+        if container.code != 0 {
+            bail!("{}\n{}", task.whole(), container.whole());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Started<'_> {
+    fn drop(&mut self) {
+        let _ = self.take_down();
+    }
+}

@@ -1,0 +1,71 @@
+//! Processes that belong to a test run: they carry its directory in their environment or arguments.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use nix::{sys::signal, unistd::Pid};
+
+/// The variable through which every descendant of a test's containerd is known.
+pub(crate) const MARK: &str = "CHSNAP_TEST_RUN";
+
+/// A process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    /// Its number.
+    pub pid: i32,
+    /// Its arguments with blanks between.
+    pub args: String,
+}
+
+impl Process {
+    /// Whether its program's name contains `name`.
+    #[must_use]
+    pub fn is(&self, name: &str) -> bool {
+        let program = self.args.split(' ').next().unwrap_or_default();
+        Path::new(program).file_name().is_some_and(|f| f.to_string_lossy().contains(name))
+    }
+}
+
+/// Every process that is marked with `run`, zombies excepted.
+#[must_use]
+pub fn marked(run: &Path) -> Vec<Process> {
+    let mark = format!("{MARK}={}", run.display());
+    let dir = run.display().to_string();
+    let mut found: Vec<Process> = pids()
+        .into_iter()
+        .filter(|pid| *pid != std::process::id() as i32)
+        .filter_map(|pid| {
+            let proc = PathBuf::from(format!("/proc/{pid}"));
+            let args = text(&proc.join("cmdline"))?.replace('\0', " ");
+            let environ = text(&proc.join("environ")).unwrap_or_default();
+            let ours = environ.split('\0').any(|v| v == mark) || args.contains(&dir);
+            (ours && !args.is_empty()).then(|| Process { pid, args: args.trim().into() })
+        })
+        .collect();
+    found.sort_by_key(|p| p.pid);
+    found
+}
+
+/// Sends a signal.
+pub fn kill(pid: i32, signal: signal::Signal) -> Result<()> {
+    signal::kill(Pid::from_raw(pid), signal).with_context(|| format!("{signal} to process {pid}"))
+}
+
+/// Resident memory.
+pub fn rss_kib(pid: i32) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find(|l| l.starts_with("VmRSS:")).context("no VmRSS")?;
+    line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).with_context(|| line.to_owned())
+}
+
+pub(crate) fn pids() -> Vec<i32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|e| e.file_name().to_str()?.parse().ok()).collect()
+}
+
+fn text(path: &Path) -> Option<String> {
+    fs::read(path).ok().map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+}

@@ -1,0 +1,57 @@
+//! What a case is.
+
+use std::process::Command;
+
+use anyhow::Result;
+use chsnap_tests::{Env, Tools};
+
+/// Where a case makes sense.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// With runc as well: it is what chsnap has to behave like.
+    Everywhere,
+    /// With every VMM and every containerd.
+    Vms,
+    /// With every VMM, and one containerd, which plays no part in it.
+    Once,
+}
+
+/// A case.
+#[derive(Debug, Clone, Copy)]
+pub struct Case {
+    /// Its name.
+    pub name: &'static str,
+    /// Where it runs.
+    pub scope: Scope,
+    /// What it does.
+    pub run: fn(&Env) -> Result<()>,
+}
+
+/// Makes a topic's list: functions with the scope they run in.
+#[macro_export]
+macro_rules! cases {
+    ($($scope:ident: $($name:ident),* $(,)?;)*) => {
+        /// The cases of this topic.
+        pub const CASES: &[$crate::cases::Case] = &[$($(
+            $crate::cases::Case { name: stringify!($name), scope: $crate::cases::Scope::$scope, run: $name },
+        )*)*];
+    };
+}
+
+/// Why Cloud Hypervisor cannot run here.
+pub fn no_cloud_hypervisor() -> Option<String> {
+    let Some(program) = &Tools::get().cloud_hypervisor else {
+        return Some("no cloud-hypervisor in PATH, nor named by CHSNAP_CLOUD_HYPERVISOR".into());
+    };
+    // Not chsnap's own judgement: a driver that wrongly gives up must not hide its tests.
+    let version = Command::new(program).arg("--version").output();
+    if !version.is_ok_and(|v| v.status.success()) {
+        return Some(format!("{} cannot be run", program.display()));
+    }
+    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let virtual_x86 = ["vmx", "svm"].iter().any(|f| flags.split_whitespace().any(|w| w == *f));
+    if !std::path::Path::new("/dev/kvm").exists() || (cfg!(target_arch = "x86_64") && !virtual_x86) {
+        return Some("KVM does not run guests on this machine".into());
+    }
+    None
+}

@@ -1,0 +1,139 @@
+//! Every case on every containerd and every VMM, serially, with a look for leftovers after each.
+//!
+//! `cargo test -p chsnap-tests -- [filter]`; a case's name is `<vmm>/<containerd>/<topic>::<case>`.
+//! `CHSNAP_TEST_REFERENCE=1` runs the cases that hold for runc too on runc, to check the cases themselves.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    process::ExitCode,
+    sync::{Mutex, PoisonError},
+};
+
+use chsnap_tests::{Baseline, Containerd, Env, Tools, Version, Vmm, stop_all, sweep};
+use libtest_mimic::{Arguments, Failed, Trial};
+
+mod cases;
+mod errors;
+mod events;
+mod exec;
+mod expose;
+mod image;
+mod lifecycle;
+mod metrics;
+mod restart;
+mod share;
+mod signals;
+mod sizes;
+mod stdio;
+
+use cases::{Case, Scope};
+
+/// One case at a time, whatever `--test-threads` says: each looks for what it left on the machine.
+static ONE: Mutex<()> = Mutex::new(());
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    if !arguments.list {
+        Tools::get();
+        sweep();
+        clean_up_on_signals();
+    }
+    let conclusion = libtest_mimic::run(&arguments, trials());
+    stop_all();
+    conclusion.exit_code()
+}
+
+/// An interrupted run takes its containerds down, too.
+fn clean_up_on_signals() {
+    use signal_hook::{
+        consts::{SIGHUP, SIGINT, SIGTERM},
+        iterator::Signals,
+    };
+    let Ok(mut signals) = Signals::new([SIGHUP, SIGINT, SIGTERM]) else { return };
+    std::thread::spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            eprintln!("signal {signal}: cleaning up");
+            stop_all();
+            std::process::exit(128 + signal);
+        }
+    });
+}
+
+fn trials() -> Vec<Trial> {
+    let mut trials = Vec::new();
+    let reference = std::env::var_os("CHSNAP_TEST_REFERENCE").is_some();
+    for vmm in [Vmm::Qemu, Vmm::CloudHypervisor, Vmm::Runc] {
+        let why_not = match vmm {
+            Vmm::CloudHypervisor => cases::no_cloud_hypervisor(),
+            _ => None,
+        };
+        let before = trials.len();
+        for version in [Version::V2_1, Version::V1_6] {
+            for (topic, case) in all() {
+                let here = match case.scope {
+                    Scope::Everywhere => true,
+                    Scope::Vms => vmm != Vmm::Runc,
+                    Scope::Once => vmm != Vmm::Runc && version == Version::V2_1,
+                };
+                if here && (vmm != Vmm::Runc || reference) {
+                    let name = format!("{vmm}/{version}/{topic}::{}", case.name);
+                    let trial = Trial::test(name, move || run(vmm, version, case));
+                    trials.push(trial.with_ignored_flag(why_not.is_some()));
+                }
+            }
+        }
+        if let Some(why) = why_not {
+            println!("{vmm}: {} cases are ignored: {why}", trials.len() - before);
+        }
+    }
+    trials
+}
+
+fn all() -> impl Iterator<Item = (&'static str, Case)> {
+    let topics: [(&str, Vec<Case>); 12] = [
+        ("lifecycle", lifecycle::CASES.to_vec()),
+        ("stdio", stdio::CASES.to_vec()),
+        ("exec", exec::CASES.to_vec()),
+        ("signals", signals::CASES.to_vec()),
+        ("events", events::CASES.to_vec()),
+        ("metrics", metrics::CASES.to_vec()),
+        ("restart", restart::CASES.to_vec()),
+        ("share", share::CASES.to_vec()),
+        ("expose", expose::CASES.to_vec()),
+        ("errors", errors::CASES.to_vec()),
+        ("image", image::CASES.to_vec()),
+        ("sizes", sizes::CASES.to_vec()),
+    ];
+    topics.into_iter().flat_map(|(topic, cases)| cases.into_iter().map(move |case| (topic, case)))
+}
+
+fn run(vmm: Vmm, version: Version, case: Case) -> Result<(), Failed> {
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let daemon = Containerd::of(version).map_err(|e| format!("{e:#}"))?;
+    let env = Env::new(daemon.clone(), vmm).map_err(|e| format!("{e:#}"))?;
+    let baseline = Baseline::take(&daemon);
+    let result = catch_unwind(AssertUnwindSafe(|| (case.run)(&env)));
+    let left = baseline.leftovers(&daemon);
+    if !left.is_empty() {
+        daemon.purge();
+    }
+    let mut complaints = Vec::new();
+    match result {
+        Ok(Ok(())) => {}
+        Ok(Err(e)) => complaints.push(format!("{e:#}")),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().cloned();
+            let text = text.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
+            complaints.push(format!("panicked: {}", text.unwrap_or_default()));
+        }
+    }
+    if !left.is_empty() {
+        complaints.push(format!("left behind:\n  {}", left.join("\n  ")));
+    }
+    if complaints.is_empty() {
+        return Ok(());
+    }
+    complaints.push(format!("containerd's log ends with\n{}", daemon.log_tail(15)));
+    Err(complaints.join("\n").into())
+}

@@ -1,0 +1,69 @@
+//! `ctr task kill`.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use chsnap_tests::{Env, eventually};
+
+crate::cases! {
+    Everywhere: handled, by_number, all_processes, default_is_term;
+}
+
+/// Says which signals it gets; TERM ends it with 3.
+const TRAPS: &str = "trap 'echo got HUP' HUP; trap 'echo got USR1' USR1; trap 'echo got TERM; exit 3' TERM; echo up; \
+                     while :; do sleep 0.1; done";
+
+fn handled(env: &Env) -> Result<()> {
+    let started = env.container().sh(TRAPS).start()?;
+    started.wait_log("up")?;
+    started.kill("SIGHUP")?.success()?;
+    started.wait_log("got HUP")?;
+    started.kill("SIGUSR1")?.success()?;
+    started.wait_log("got USR1")?;
+    started.kill("SIGTERM")?.success()?;
+    env.ctr().wait_status(&started.id, "STOPPED")?;
+    started.wait_log("got TERM")?;
+    let removed = env.ctr().output(["task", "rm", &started.id])?;
+    ensure!(removed.code == 3 || removed.stderr.contains("exit code 3"), "{}", removed.whole());
+    env.ctr().text(["container", "rm", &started.id])?;
+    started.forget();
+    Ok(())
+}
+
+fn by_number(env: &Env) -> Result<()> {
+    let started = env.container().sh(TRAPS).start()?;
+    started.wait_log("up")?;
+    started.kill("10")?.success()?;
+    started.wait_log("got USR1")?;
+    // A signal that is ignored by default does no harm.
+    started.kill("SIGWINCH")?.success()?;
+    ensure!(env.ctr().status(&started.id)?.as_deref() == Some("RUNNING"));
+    started.remove()
+}
+
+fn all_processes(env: &Env) -> Result<()> {
+    let script = "sleep 1001 & sleep 1002 & trap 'echo one got it' TERM; echo up; while :; do sleep 0.2; done";
+    let started = env.container().sh(script).start()?;
+    started.wait_log("up")?;
+    ensure!(started.sh("grep -lsa 'sleep.100' /proc/*/cmdline | grep -cv self")? != "0");
+    env.ctr().text(["task", "kill", "--all", "-s", "SIGTERM", &started.id])?;
+    started.wait_log("one got it")?;
+    let gone = eventually(Duration::from_secs(5), || {
+        let left = started.exec(["sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '"]).text().ok()?;
+        (!left.contains("sleep 100")).then_some(())
+    });
+    ensure!(gone.is_some(), "the other processes did not get it");
+    started.remove()
+}
+
+fn default_is_term(env: &Env) -> Result<()> {
+    // The demo application ends well on SIGTERM.
+    let started = env.container().start()?;
+    started.wait_log("listening on port 8080")?;
+    env.ctr().text(["task", "kill", &started.id])?;
+    env.ctr().wait_status(&started.id, "STOPPED")?;
+    env.ctr().output(["task", "rm", &started.id])?.success()?;
+    env.ctr().text(["container", "rm", &started.id])?;
+    started.forget();
+    Ok(())
+}
