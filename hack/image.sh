@@ -16,7 +16,7 @@ SUITE=$(codename)
 PACKAGES=python3,base-files,base-passwd,coreutils,dash,findutils,grep,sed,busybox,ca-certificates
 
 # What the packages' installation scripts would have done; `extract` does not run them, which is
-# quicker and independent of this machine. $1 is the root.
+# quicker and independent of this machine. An extract hook: this variant runs no other. $1 is the root.
 # shellcheck disable=SC2016 # mmdebstrap's shell expands it
 FINISH='
 set -e
@@ -29,7 +29,7 @@ chroot "$1" python3 -m compileall -q -x "/(test|lib2to3)/" /usr/lib/python3.*
 make_rootfs() {
   # The private configuration's sources: the machine's mirror for the machine's release.
   mmdebstrap --variant=extract --mode=root --architectures="$ARCH" --include="$PACKAGES" \
-    --customize-hook="$FINISH" "$SUITE" "$OUT/rootfs.new.tar" "$APT/$SUITE-$ARCH/chsnap.sources"
+    --extract-hook="$FINISH" "$SUITE" "$OUT/rootfs.new.tar" "$APT/$SUITE-$ARCH/chsnap.sources"
   mv "$OUT/rootfs.new.tar" "$OUT/rootfs.tar"
 }
 
