@@ -19,12 +19,10 @@ build_host() {
 # architecture: without it the flags would reach build scripts and procedural macros, which cannot
 # be linked statically.
 build_agent() {
-  local triple linker
+  local triple
   triple=$(rust_triple "$ARCH")
   if [ "$ARCH" != "$(host_arch)" ]; then
-    linker=$(multiarch "$ARCH")-gcc
-    have "$linker" || die "no $linker to link the agent for $ARCH with: install gcc-${linker%-gcc}"
-    export "CARGO_TARGET_$(tr 'a-z-' 'A-Z_' <<<"$triple")_LINKER=$linker"
+    use_cross "$ARCH" || die "no toolchain for $ARCH: run hack/setup.sh cross"
   fi
   say "building the agent for $ARCH"
   RUSTFLAGS="-C target-feature=+crt-static" \

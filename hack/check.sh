@@ -24,18 +24,15 @@ shell_scripts() {
 # check that fails without the network says nothing about this code.
 dependencies() { "$BIN/cargo-deny" --offline --log-level error check --hide-inclusion-graph bans licenses sources; }
 
-other_arch() {
-  local arch=arm64 triple linker
+other_arch() (
+  arch=arm64
   [ "$(host_arch)" = amd64 ] || arch=amd64
-  triple=$(rust_triple "$arch")
-  linker=$(multiarch "$arch")-gcc
-  if ! have "$linker" || [ ! -d "$(rustc --print sysroot)/lib/rustlib/$triple/lib" ]; then
-    say "check: $arch is left out: it needs $linker and Rust's standard library for $triple"
+  if ! use_cross "$arch"; then
+    say "check: $arch is left out, for want of a toolchain: hack/setup.sh cross brings one"
     return 0
   fi
-  env "CARGO_TARGET_$(tr 'a-z-' 'A-Z_' <<<"$triple")_LINKER=$linker" \
-    cargo check --locked --workspace --all-targets --target "$triple"
-}
+  cargo check --locked --workspace --all-targets --target "$(rust_triple "$arch")"
+)
 
 "$ROOT/hack/setup.sh" packages rust cargo-deny
 check format cargo fmt --all --check

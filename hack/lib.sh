@@ -41,6 +41,29 @@ step() {
 
 have() { command -v "$1" >/dev/null 2>&1; }
 
+# has_std <rustc> <triple>: can it compile for that target?
+has_std() {
+  local dir
+  dir=$("$1" --print target-libdir --target "$2" 2>/dev/null) && [ -d "$dir" ]
+}
+
+# For building for another architecture than this machine's: chooses the Rust that can (setup.sh
+# cross) and tells cargo the linker.
+use_cross() {
+  local triple gnu
+  triple=$(rust_triple "$1")
+  gnu=$(multiarch "$1")
+  if ! has_std rustc "$triple"; then
+    has_std "$TOOLS/rust-cross/bin/rustc" "$triple" || return 1
+    PATH=$TOOLS/rust-cross/bin:$PATH
+  fi
+  if ! have "$gnu-gcc"; then
+    [ -x "$BIN/$gnu-gcc" ] || return 1
+    PATH=$BIN:$PATH
+  fi
+  export "CARGO_TARGET_$(tr 'a-z-' 'A-Z_' <<<"$triple")_LINKER=$gnu-gcc" "CC_${triple//-/_}=$gnu-gcc"
+}
+
 # Debian's name for this machine's architecture, without needing dpkg.
 host_arch() {
   case $(uname -m) in

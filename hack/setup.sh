@@ -51,15 +51,9 @@ LIST
 # The version a program reports; nothing when it is missing or does not run.
 cargo_version() { { "$1" --version 2>/dev/null || true; } | sed -n 's/^cargo \([0-9.]*\).*/\1/p'; }
 
-# The releases' own Rust is older (1.63 in Debian 12, 1.85 in 13), but their security updates carry
-# a current one for building browsers: rustc-web and cargo-web. Those conflict with rustc and cargo,
-# so they are unpacked rather than installed. A cargo that is new enough, such as rustup's, is used
-# as it is.
-part_rust() {
-  local v dir=$TOOLS/rust lib program
-  v=$(cargo_version cargo)
-  if [ -n "$v" ] && version_ge "$v" "$RUST_VERSION"; then return 0; fi
-  say "cargo is ${v:-missing} and $RUST_VERSION is needed: taking the distribution's newest"
+# unpack_rust <directory>: the distribution's newest Rust, with programs in <directory>/bin.
+unpack_rust() {
+  local dir=$1 lib program
   fetch_debs "$(codename)" "$(host_arch)" "$dir" deps cargo-web rustc-web rustfmt-web rust-web-clippy
   lib=$dir/usr/lib/$(multiarch "$(host_arch)")
   mkdir -p "$dir/bin"
@@ -71,6 +65,18 @@ exec "$program" "\$@"
 WRAPPER
     chmod 755 "$dir/bin/${program##*/}"
   done
+}
+
+# The releases' own Rust is older (1.63 in Debian 12, 1.85 in 13), but their security updates carry
+# a current one for building browsers: rustc-web and cargo-web. Those conflict with rustc and cargo,
+# so they are unpacked rather than installed. A cargo that is new enough, such as rustup's, is used
+# as it is.
+part_rust() {
+  local v dir=$TOOLS/rust
+  v=$(cargo_version cargo)
+  if [ -n "$v" ] && version_ge "$v" "$RUST_VERSION"; then return 0; fi
+  say "cargo is ${v:-missing} and $RUST_VERSION is needed: taking the distribution's newest"
+  unpack_rust "$dir"
   # lib.sh has put this directory first in PATH, if it existed then.
   PATH=$dir/bin:$PATH
   hash -r
@@ -79,6 +85,33 @@ WRAPPER
     die "cargo of $(codename) is ${v:-not runnable}, not $RUST_VERSION or newer: install Rust with rustup, then run this again"
   fi
   say "Rust: $(rustc --version) in $dir"
+}
+
+# For the other architecture's agent: Rust's standard library for it and a linker. Where the Rust in
+# use has that library (rustup target add) and the linker is installed, nothing is fetched.
+part_cross() {
+  local arch=arm64 triple gnu dir=$TOOLS/rust-cross tmp=$TOOLS/rust-cross-std
+  [ "$(host_arch)" = amd64 ] || arch=amd64
+  triple=$(rust_triple "$arch")
+  gnu=$(multiarch "$arch")
+  if ! have "$gnu-gcc" && [ ! -x "$BIN/$gnu-gcc" ]; then
+    fetch_debs "$(codename)" "$(host_arch)" "$TOOLS/gcc-$arch" deps "gcc-${gnu/x86_64/x86-64}" "libc6-dev-$arch-cross"
+    # GCC finds the rest of itself relative to its own path; its assembler and linker have libraries.
+    cat >"$BIN/$gnu-gcc" <<WRAPPER
+#!/bin/sh
+export LD_LIBRARY_PATH="$TOOLS/gcc-$arch/usr/lib/$(multiarch "$(host_arch)")\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}"
+exec "$TOOLS/gcc-$arch/usr/bin/$gnu-gcc" "\$@"
+WRAPPER
+    chmod 755 "$BIN/$gnu-gcc"
+  fi
+  if has_std rustc "$triple" || has_std "$dir/bin/rustc" "$triple"; then return 0; fi
+  unpack_rust "$dir"
+  fetch_debs "$(codename)" "$arch" "$tmp" alone libstd-rust-web-dev
+  rm -rf "$dir/usr/lib/rustlib/$triple"
+  cp -a "$tmp/usr/lib/rustlib/$triple" "$dir/usr/lib/rustlib/"
+  rm -rf "$tmp"
+  has_std "$dir/bin/rustc" "$triple" || die "the Rust in $dir has no standard library for $triple: the suites' versions differ"
+  say "Rust for $arch: $("$dir/bin/rustc" --version) in $dir"
 }
 
 qemu_version() { { "$1" --version 2>/dev/null || true; } | sed -n 's/^QEMU emulator version \([0-9.]*\).*/\1/p'; }
@@ -178,7 +211,7 @@ if [ ${#parts[@]} -eq 0 ] || [ "${parts[0]}" = all ]; then read -ra parts <<<"$P
 for part in "${parts[@]}"; do
   take_lock "setup-$part"
   case $part in
-    packages | rust | qemu | qemu-arm64 | virtiofsd | containerd | cargo-deny) "part_${part//-/_}" ;;
-    *) die "setup.sh: no part '$part'; there are: $PARTS qemu-arm64 cargo-deny" ;;
+    packages | rust | cross | qemu | qemu-arm64 | virtiofsd | containerd | cargo-deny) "part_${part//-/_}" ;;
+    *) die "setup.sh: no part '$part'; there are: $PARTS cross qemu-arm64 cargo-deny" ;;
   esac
 done

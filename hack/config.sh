@@ -1,0 +1,30 @@
+#!/bin/bash
+# config.sh <file>: writes a configuration that uses what was built and unpacked below target/.
+# CHSNAP_STATE_DIR is where pods are recorded and have their sockets: a short path, for a socket's may
+# have 107 bytes.
+set -euo pipefail
+# shellcheck source=hack/lib.sh
+. "$(dirname "$0")/lib.sh"
+[ $# -eq 1 ] || die "usage: config.sh <file>"
+
+kernel=$TARGET/guest/amd64/vmlinux
+qemu=$BIN/qemu-system-x86_64
+if [ "$(host_arch)" = arm64 ]; then
+  kernel=$TARGET/guest/arm64/Image
+  qemu=$BIN/qemu-system-aarch64
+fi
+mkdir -p "$(dirname "$1")"
+cat >"$1" <<CONF
+[vmm]
+qemu = "$qemu"
+
+[guest]
+kernel = "$kernel"
+initramfs = "${kernel%/*}/initramfs"
+
+[share]
+virtiofsd = "$BIN/virtiofsd"
+
+[state]
+dir = "${CHSNAP_STATE_DIR:-/run/chsnap}"
+CONF
