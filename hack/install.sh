@@ -21,7 +21,11 @@ install -D -m 755 -t "$DESTDIR$PREFIX/bin" "$TARGET/release/containerd-shim-chsn
 install -D -m 644 "$KERNEL" "$DESTDIR$LIB/vmlinux"
 install -D -m 644 "$GUEST/initramfs" "$DESTDIR$LIB/initramfs"
 # Debian 12 has no virtiofsd of its own that is new enough.
-if [ -x "$BIN/virtiofsd" ]; then install -D -m 755 "$BIN/virtiofsd" "$DESTDIR$LIB/virtiofsd"; fi
+virtiofsd=
+if [ -x "$BIN/virtiofsd" ]; then
+  virtiofsd=$LIB/virtiofsd
+  install -D -m 755 "$BIN/virtiofsd" "$DESTDIR$virtiofsd"
+fi
 install -D -m 644 -t "$DESTDIR$PREFIX/share/doc/chsnap" "$ROOT/README.md" "$ROOT/LICENSE"
 
 config=$DESTDIR/etc/chsnap/config.toml
@@ -29,7 +33,11 @@ new=$config
 # An administrator's file is never overwritten; the new one is put beside it to compare with.
 [ ! -e "$config" ] || new=$config.new
 install -D -m 644 "$ROOT/deploy/config.toml" "$new"
-sed -i "s|/usr/lib/chsnap/|$LIB/|g" "$new"
+# What is not where the defaults say has to be set.
+if [ "$LIB" != /usr/lib/chsnap ]; then
+  sed -i -E "s,^#(kernel|initramfs) = \"/usr/lib/chsnap/,\1 = \"$LIB/," "$new"
+fi
+[ -z "$virtiofsd" ] || sed -i "s|^#virtiofsd = .*|virtiofsd = \"$virtiofsd\"|" "$new"
 if [ "$new" != "$config" ] && cmp -s "$new" "$config"; then rm "$new"; new=$config; fi
 say "installed in $DESTDIR$PREFIX; configuration: $new"
 if [ -z "$DESTDIR" ] && ! have containerd-shim-chsnap-v2; then
