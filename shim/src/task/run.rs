@@ -41,7 +41,11 @@ impl Service {
         let sandbox = self.machine().await?;
         let local = process.take_local().await.ok_or_else(|| not_created("is being started already"))?;
         // Before the start, so that not even a process that ends at once has its output without a reader.
-        process.relays.start(sandbox.agent(), local, &process.streams).await;
+        if let Err(e) = process.relays.start(sandbox.agent(), local, &process.streams).await {
+            process.stopped(Exit::now(NOT_STARTED));
+            process.relays.finish(Duration::ZERO).await;
+            return Err(e.into());
+        }
         let pid = match sandbox.agent().start(&process.container, &process.exec).await {
             Ok(pid) => pid,
             Err(e) => {

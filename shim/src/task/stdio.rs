@@ -4,7 +4,7 @@
 //! may go and another come without the process getting SIGPIPE; the stdin fifo is held open for writing until
 //! CloseIO, so that a client that goes does not end the input.
 
-use std::{io, time::Duration};
+use std::{fs, io, os::unix::fs::FileTypeExt, time::Duration};
 
 use chsnap_protocol::agent::{CreateProcessResponse, Stdio};
 use thiserror::Error;
@@ -72,9 +72,9 @@ impl Paths {
 
 type Sink = Box<dyn AsyncWrite + Send + Unpin>;
 
-/// The local ends, open.
+/// The local ends. The outputs are open; stdin is opened when the process starts, see [`Relays::start`].
 pub struct Local {
-    stdin: Option<(pipe::Receiver, pipe::Sender)>,
+    stdin: Option<String>,
     stdout: Option<Sink>,
     stderr: Option<Sink>,
 }
@@ -89,9 +89,11 @@ impl Local {
             "" => None,
             path => {
                 let failed = |source| StdioError::Open { stream: "stdin", path: path.into(), source };
-                let receiver = pipe::OpenOptions::new().open_receiver(path).map_err(failed)?;
-                let keep = pipe::OpenOptions::new().open_sender(path).map_err(failed)?;
-                Some((receiver, keep))
+                let kind = fs::metadata(path).map_err(failed)?.file_type();
+                if !kind.is_fifo() {
+                    return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "not a fifo")));
+                }
+                Some(path.to_owned())
             }
         };
         let stderr = if paths.terminal { "" } else { &paths.stderr };
@@ -120,13 +122,37 @@ async fn sink(stream: &'static str, path: &str) -> Result<Option<Sink>, StdioErr
 pub struct Relays {
     outputs: Mutex<Vec<JoinHandle<()>>>,
     aborts: std::sync::Mutex<Vec<AbortHandle>>,
-    /// Keeps the stdin fifo open for writing; given up by CloseIO.
-    keep_stdin: std::sync::Mutex<Option<pipe::Sender>>,
+    /// Keeps the stdin fifo open for writing.
+    keep_stdin: std::sync::Mutex<Stdin>,
+}
+
+/// Whether CloseIO has been called; it may come before the process starts.
+#[derive(Debug)]
+enum Stdin {
+    Closable(Option<pipe::Sender>),
+    Closed,
+}
+
+impl Default for Stdin {
+    fn default() -> Self {
+        Self::Closable(None)
+    }
 }
 
 impl Relays {
     /// Starts copying between `local` and `streams`.
-    pub async fn start(&self, agent: &Agent, local: Local, streams: &CreateProcessResponse) {
+    ///
+    /// stdin is opened only now: a client whose input ends before its Create was answered has nowhere to send
+    /// CloseIO to, and clients wait with their input for the fifo's reader.
+    ///
+    /// # Errors
+    /// Where the stdin fifo cannot be opened.
+    pub async fn start(
+        &self,
+        agent: &Agent,
+        local: Local,
+        streams: &CreateProcessResponse,
+    ) -> Result<(), StdioError> {
         let outputs = [(local.stdout, streams.stdout_stream), (local.stderr, streams.stderr_stream)];
         for (sink, stream) in outputs {
             let Some(mut sink) = sink.filter(|_| stream != 0) else { continue };
@@ -139,11 +165,16 @@ impl Relays {
             self.remember(copy.abort_handle());
             self.outputs.lock().await.push(copy);
         }
-        if let Some((mut fifo, keep)) = local.stdin.filter(|_| streams.stdin_stream != 0) {
-            let (agent, stream) = (agent.clone(), streams.stdin_stream);
-            if let Ok(mut slot) = self.keep_stdin.lock() {
-                *slot = Some(keep);
+        if let Some(path) = local.stdin.filter(|_| streams.stdin_stream != 0) {
+            let failed = |source| StdioError::Open { stream: "stdin", path: path.clone(), source };
+            let mut fifo = pipe::OpenOptions::new().open_receiver(&path).map_err(failed)?;
+            let keep = pipe::OpenOptions::new().open_sender(&path).map_err(failed)?;
+            if let Ok(mut slot) = self.keep_stdin.lock()
+                && let Stdin::Closable(None) = *slot
+            {
+                *slot = Stdin::Closable(Some(keep));
             }
+            let (agent, stream) = (agent.clone(), streams.stdin_stream);
             let copy = tokio::spawn(async move {
                 if let Err(e) = write_from(&agent, stream, &mut fifo).await {
                     log::debug!("input stream {stream}: {e}");
@@ -151,6 +182,7 @@ impl Relays {
             });
             self.remember(copy.abort_handle());
         }
+        Ok(())
     }
 
     fn remember(&self, handle: AbortHandle) {
@@ -162,7 +194,7 @@ impl Relays {
     /// The process sees the end of its input once the client has closed its end too and all was read.
     pub fn close_stdin(&self) {
         if let Ok(mut keep) = self.keep_stdin.lock() {
-            *keep = None;
+            *keep = Stdin::Closed;
         }
     }
 

@@ -1,1 +1,117 @@
-crate::cases! {}
+//! What containerd is told, in its own shim's order.
+
+use std::{
+    io::{BufRead, BufReader},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use chsnap_tests::{Env, Started};
+use serde_json::Value;
+
+crate::cases! {
+    Everywhere: in_order, killed_and_started_again;
+}
+
+/// A task event.
+#[derive(Debug)]
+struct Event {
+    topic: String,
+    content: Value,
+}
+
+/// Follows `ctr events` until `last` of them of this container have come, and a little longer.
+fn follow<'a>(env: &'a Env, id: &str) -> Result<impl FnMut(&str) -> Result<Vec<Event>> + 'a> {
+    let mut running = env.ctr().run(["events"]).limit(Duration::from_secs(120)).start()?;
+    let stdout = running.child.stdout.take().context("no stdout")?;
+    let (tell, told) = mpsc::channel();
+    thread::spawn(move || {
+        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+            if tell.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    // The subscription takes a moment, and nothing says when it is there.
+    thread::sleep(Duration::from_millis(500));
+    let id = id.to_owned();
+    Ok(move |last: &str| {
+        let _keep = &running;
+        let mut seen = Vec::new();
+        let mut until = Instant::now() + Duration::from_secs(60);
+        let mut done = false;
+        while let Ok(line) = told.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            let Some((head, json)) = line.split_once('{') else { continue };
+            let Some(topic) = head.split(' ').find(|w| w.starts_with("/tasks/")) else { continue };
+            let content: Value = serde_json::from_str(&format!("{{{json}")).with_context(|| line.clone())?;
+            if content["container_id"] != id.as_str() {
+                continue;
+            }
+            done |= topic == last;
+            seen.push(Event { topic: topic.into(), content });
+            if done {
+                // One that comes twice comes soon.
+                until = Instant::now() + Duration::from_millis(700);
+            }
+        }
+        if !done {
+            bail!("{last} did not come, but: {seen:?}");
+        }
+        Ok(seen)
+    })
+}
+
+fn topics(events: &[Event]) -> Vec<&str> {
+    events.iter().map(|e| e.topic.as_str()).collect()
+}
+
+fn in_order(env: &Env) -> Result<()> {
+    let container = env.container().sh("read line < /tmp/go; exit 5");
+    let id = container.id.clone();
+    let mut events = follow(env, &id)?;
+    let container = container.sh("mkfifo /tmp/go; echo up; read line < /tmp/go; exit 5").start()?;
+    container.wait_log("up")?;
+    container.exec_with(&["--exec-id", "look"], ["sh", "-c", "exit 3"]).output()?.code(3)?;
+    container.sh("echo > /tmp/go")?;
+    env.ctr().wait_status(&id, "STOPPED")?;
+    container.remove()?;
+    let events = events("/tasks/delete")?;
+    let expected = [
+        "/tasks/create",
+        "/tasks/start",
+        "/tasks/exec-added",
+        "/tasks/exec-started",
+        "/tasks/exit",
+        "/tasks/exec-added",
+        "/tasks/exec-started",
+    ];
+    let seen = topics(&events);
+    ensure!(seen[..expected.len().min(seen.len())] == expected, "{seen:?}");
+    // The second exec and the container it ended may end in any order.
+    ensure!(seen.len() == 10 && seen[7..] == ["/tasks/exit", "/tasks/exit", "/tasks/delete"], "{seen:?}");
+    let (create, start, exec, delete) = (&events[0].content, &events[1].content, &events[4].content, &events[9].content);
+    ensure!(create["pid"].as_u64().is_some_and(|p| p > 0) && create["pid"] == start["pid"], "{events:?}");
+    ensure!(create["bundle"].as_str().is_some_and(|b| b.ends_with(&id)), "{create}");
+    ensure!(exec["id"] == "look" && exec["exit_status"] == 3, "{exec}");
+    let main: Vec<_> = events.iter().filter(|e| e.topic == "/tasks/exit" && e.content["id"] == id.as_str()).collect();
+    ensure!(main.len() == 1 && main[0].content["exit_status"] == 5, "{main:?}");
+    ensure!(main[0].content["pid"] == create["pid"], "{main:?}");
+    ensure!(delete["exit_status"] == 5 && delete["pid"] == create["pid"], "{delete}");
+    Ok(())
+}
+
+fn killed_and_started_again(env: &Env) -> Result<()> {
+    let container = env.container().sh("sleep 1000");
+    let id = container.id.clone();
+    let mut events = follow(env, &id)?;
+    let started: Started = container.start()?;
+    started.kill("SIGKILL")?.success()?;
+    env.ctr().wait_status(&id, "STOPPED")?;
+    started.remove()?;
+    let events = events("/tasks/delete")?;
+    ensure!(topics(&events) == ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"], "{events:?}");
+    ensure!(events[2].content["exit_status"] == 137 && events[3].content["exit_status"] == 137, "{events:?}");
+    Ok(())
+}

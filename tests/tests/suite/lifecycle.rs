@@ -1,7 +1,7 @@
 //! From `ctr run` to `ctr task rm`.
 
 use anyhow::{Context, Result, ensure};
-use chsnap_tests::{Env, IMAGE, Run, Started};
+use chsnap_tests::{Env, IMAGE, Run, Started, Version};
 use serde_json::{Value, json};
 
 crate::cases! {
@@ -82,10 +82,16 @@ fn detached(env: &Env) -> Result<()> {
 fn created_then_started(env: &Env) -> Result<()> {
     let container = env.container().sh("echo started; sleep 1000");
     let id = container.id.clone();
-    container.ctr(&["container", "create"], &[], None)?.text()?;
-    let started = Started::adopt(env, &id);
     let log = format!("file://{}", env.dir.join(format!("{id}.log")).display());
-    env.ctr().text(["task", "start", "-d", "--log-uri", &log, &id])?;
+    let started = if env.daemon.version == Version::V1_6 {
+        // `ctr container create` of 1.6 takes any --runtime-config-path for a specification.
+        container.start()?
+    } else {
+        container.ctr(&["container", "create"], &[], None)?.text()?;
+        let started = Started::adopt(env, &id);
+        env.ctr().text(["task", "start", "-d", "--log-uri", &log, &id])?;
+        started
+    };
     started.wait_log("started")?;
     // The same container runs again, on the same root.
     started.sh("echo kept > /kept")?;
@@ -123,7 +129,7 @@ fn user(env: &Env) -> Result<()> {
 
 /// Limits become the machine's size.
 fn shape(env: &Env) -> Result<()> {
-    let script = "nproc; awk '/MemTotal/ { print int($2 / 1024) }' /proc/meminfo";
+    let script = "nproc; echo $(($(sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo) / 1024))";
     let size = |output: chsnap_tests::Output| -> Result<(u64, u64)> {
         let text = output.success()?.text();
         let mut numbers = text.lines().map(|l| l.trim().parse::<u64>());

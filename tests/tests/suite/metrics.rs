@@ -1,1 +1,28 @@
-crate::cases! {}
+//! `ctr task metrics`.
+
+use anyhow::{Context, Result, ensure};
+use chsnap_tests::Env;
+use serde_json::Value;
+
+crate::cases! {
+    Vms: numbers;
+}
+
+fn numbers(env: &Env) -> Result<()> {
+    let program = "x = bytearray(40_000_000)\nfor i in range(3_000_000): pass\nprint('up', flush=True)\nimport time\ntime.sleep(1000)";
+    let started = env.container().python(program).start()?;
+    started.wait_log("up")?;
+    let text = env.ctr().text(["task", "metrics", "--format", "json", &started.id])?;
+    let all: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+    let number = |path: &str| {
+        let found = all.pointer(path).and_then(Value::as_u64);
+        found.with_context(|| format!("no {path} in {text}"))
+    };
+    ensure!(number("/memory/usage")? > 40_000_000, "{text}");
+    ensure!(number("/memory/anon")? > 40_000_000, "{text}");
+    ensure!(number("/cpu/usage_usec")? > 1000, "{text}");
+    ensure!(number("/pids/current")? == 1, "{text}");
+    let table = env.ctr().text(["task", "metrics", &started.id])?;
+    ensure!(table.contains("memory.usage") && table.contains("cpuacct") || table.contains("cpu."), "{table}");
+    started.remove()
+}

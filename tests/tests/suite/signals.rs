@@ -41,17 +41,25 @@ fn by_number(env: &Env) -> Result<()> {
     started.remove()
 }
 
+/// How many processes `sleep 100x` there are.
+const SLEEPERS: &str = "
+import glob
+def args(path):
+    try:
+        return open(path, 'rb').read().split(b'\\0')
+    except OSError:
+        return []
+print(sum(a[0] == b'sleep' and a[1].startswith(b'100') for a in map(args, glob.glob('/proc/[0-9]*/cmdline'))))
+";
+
 fn all_processes(env: &Env) -> Result<()> {
     let script = "sleep 1001 & sleep 1002 & trap 'echo one got it' TERM; echo up; while :; do sleep 0.2; done";
     let started = env.container().sh(script).start()?;
     started.wait_log("up")?;
-    ensure!(started.sh("grep -lsa 'sleep.100' /proc/*/cmdline | grep -cv self")? != "0");
+    ensure!(started.python(SLEEPERS)? == "2");
     env.ctr().text(["task", "kill", "--all", "-s", "SIGTERM", &started.id])?;
     started.wait_log("one got it")?;
-    let gone = eventually(Duration::from_secs(5), || {
-        let left = started.exec(["sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '"]).text().ok()?;
-        (!left.contains("sleep 100")).then_some(())
-    });
+    let gone = eventually(Duration::from_secs(5), || (started.python(SLEEPERS).ok()? == "0").then_some(()));
     ensure!(gone.is_some(), "the other processes did not get it");
     started.remove()
 }
