@@ -336,7 +336,7 @@ fn containerd_and_its_client_are_looked_for_first() {
     // A client that fails in the middle: its words, and not our broken pipe.
     let ctr = dir.path().join("ctr");
     let mut script = File::create(&ctr).unwrap();
-    write!(script, "#!/bin/sh\n[ \"$1\" = --version ] && exit\nhead -c 100 >/dev/null\necho progress >&2\necho 'ctr: no space left on device' >&2\nexit 3\n").unwrap();
+    write!(script, "#!/bin/sh\ncase \"$*\" in --version|*\" images ls \"*) exit ;; esac\nhead -c 100 >/dev/null\necho progress >&2\necho 'ctr: no space left on device' >&2\nexit 3\n").unwrap();
     drop(script);
     fs::set_permissions(&ctr, fs::Permissions::from_mode(0o755)).unwrap();
     let said = refused(dir.path(), &["--address", address, "--ctr", ctr.to_str().unwrap()]);

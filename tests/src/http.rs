@@ -47,7 +47,8 @@ pub fn tcp(address: SocketAddr) -> Result<Box<dyn Stream>> {
 /// One request; answers status and body.
 pub fn request(stream: &mut dyn Stream, method: &str, path: &str, body: &[u8]) -> Result<(u16, Vec<u8>)> {
     let length = body.len();
-    let head = format!("{method} {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n");
+    let head =
+        format!("{method} {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n");
     stream.write_all(head.as_bytes())?;
     stream.write_all(body)?;
     let mut answer = Vec::new();

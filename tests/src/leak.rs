@@ -61,11 +61,9 @@ fn look(containerd: &Containerd) -> BTreeSet<String> {
     for dir in NETWORK_NAMESPACES {
         all.extend(children(Path::new(dir)).into_iter().map(|p| format!("network namespace {}", p.display())));
     }
-    for (what, args) in [
-        ("task", ["task", "ls", "-q"]),
-        ("container", ["container", "ls", "-q"]),
-        ("lease", ["lease", "ls", "-q"]),
-    ] {
+    for (what, args) in
+        [("task", ["task", "ls", "-q"]), ("container", ["container", "ls", "-q"]), ("lease", ["lease", "ls", "-q"])]
+    {
         all.extend(containerd.list(&args).into_iter().map(|id| format!("{what} {id} in containerd")));
     }
     for snapshotter in ["overlayfs", "native"] {

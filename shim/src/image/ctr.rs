@@ -35,6 +35,7 @@ impl Ctr {
 
     /// Streams the image into containerd and makes sure that it is there.
     pub fn import(&self, image: &mut Image) -> Result<(), ImportError> {
+        let before = self.digest(image)?;
         let mut command = self.command();
         command.args(["images", "import"]);
         if let Some(snapshotter) = &self.snapshotter {
@@ -65,22 +66,14 @@ impl Ctr {
         // Where ctr gave up first, its reason is worth more than our broken pipe.
         if !status.success() {
             let message = last_line(&err).or_else(|| last_line(&out)).unwrap_or_else(|| "it said nothing".into());
+            // It may have named an image that it then could not unpack.
+            if before.is_none() && matches!(self.digest(image), Ok(Some(_))) {
+                let _ = self.output(self.command().args(["images", "rm", "--sync", image.reference.as_str()]));
+            }
             return Err(ImportError::Failed { command: shown, status, message });
         }
         sent.map_err(|source| ImportError::Send { command: shown, source })?;
-        self.verify(image)
-    }
-
-    fn verify(&self, image: &Image) -> Result<(), ImportError> {
-        let mut command = self.command();
-        let table = self.output(command.args(["images", "ls", &format!("name=={}", image.reference)]))?;
-        let table = String::from_utf8_lossy(&table);
-        // The table's first line is its heading; its columns are name, type and digest.
-        let found = table.lines().skip(1).find_map(|line| {
-            let mut words = line.split_whitespace();
-            (words.next() == Some(image.reference.as_str())).then(|| words.nth(1).unwrap_or("?").to_owned())
-        });
-        match found {
+        match self.digest(image)? {
             Some(digest) if digest == image.digest() => Ok(()),
             found => Err(ImportError::Mismatch {
                 reference: image.reference.to_string(),
@@ -88,6 +81,16 @@ impl Ctr {
                 found: found.unwrap_or_else(|| "no image".into()),
             }),
         }
+    }
+
+    /// What containerd has under the image's name.
+    fn digest(&self, image: &Image) -> Result<Option<String>, ImportError> {
+        let table = self.output(self.command().args(["images", "ls", &format!("name=={}", image.reference)]))?;
+        // The table's first line is its heading; its columns are name, type and digest.
+        Ok(String::from_utf8_lossy(&table).lines().skip(1).find_map(|line| {
+            let mut words = line.split_whitespace();
+            (words.next() == Some(image.reference.as_str())).then(|| words.nth(1).unwrap_or("?").to_owned())
+        }))
     }
 
     fn output(&self, command: &mut Command) -> Result<Vec<u8>, ImportError> {

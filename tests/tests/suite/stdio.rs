@@ -1,10 +1,6 @@
 //! Bytes in and out.
 
-use std::{
-    io::Read,
-    thread::sleep,
-    time::Duration,
-};
+use std::{io::Read, thread::sleep, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use chsnap_tests::{Env, Pty, Run, rss_kib};
@@ -103,7 +99,8 @@ fn log_file(env: &Env) -> Result<()> {
 /// A client that goes away does not end the container.
 fn reader_goes(env: &Env) -> Result<()> {
     let started = env.container().sh("sleep 1000").start()?;
-    let mut running = started.exec_with(&["--exec-id", "chatty"], ["sh", "-c", "while echo chat; do :; done"]).start()?;
+    let mut running =
+        started.exec_with(&["--exec-id", "chatty"], ["sh", "-c", "while echo chat; do :; done"]).start()?;
     let mut first = [0; 5];
     running.child.stdout.take().context("no stdout")?.read_exact(&mut first)?;
     // The client has its answer to Start by then.
@@ -113,7 +110,10 @@ fn reader_goes(env: &Env) -> Result<()> {
     let kill = ["task", "kill", "-s", "SIGKILL", "--exec-id", "chatty", &started.id];
     env.ctr().text(kill)?;
     let gone = chsnap_tests::eventually(Duration::from_secs(10), || {
-        env.ctr().output(["task", "rm", "--exec-id", "chatty", &started.id]).ok().filter(|o| !o.stderr.contains("running"))
+        env.ctr()
+            .output(["task", "rm", "--exec-id", "chatty", &started.id])
+            .ok()
+            .filter(|o| !o.stderr.contains("running"))
     });
     ensure!(gone.is_some(), "the exec of the client that went cannot be removed");
     started.remove()?;
