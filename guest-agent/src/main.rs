@@ -92,13 +92,14 @@ fn run() -> Result<(), AgentError> {
 }
 
 async fn serve(arguments: Arguments, open_files: (u64, u64)) -> Result<(), AgentError> {
+    let init_start_ns = clock::init_start_ns();
     let containers = Containers::new(arguments.cgroup_root, open_files).map_err(AgentError::Start)?;
     let containers = Arc::new(containers);
     let source = match arguments.unix {
         Some(path) => Source::peer(Peer::Unix(path)),
         None => Source::find().await.map_err(AgentError::Channel)?,
     };
-    let service = Service { containers: containers.clone(), ready_ns: clock::boot_ns() };
+    let service = Service { containers: containers.clone(), init_start_ns, ready_ns: clock::boot_ns() };
     let (lost, mut loss) = tokio::sync::mpsc::unbounded_channel();
     let streams = containers.clone();
     let sessions = source.sessions(

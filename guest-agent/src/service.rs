@@ -37,6 +37,8 @@ type Answer<T> = ttrpc::Result<T>;
 #[derive(Debug)]
 pub struct Service {
     pub containers: Arc<Containers>,
+    /// Times since the boot.
+    pub init_start_ns: u64,
     pub ready_ns: u64,
 }
 
@@ -81,7 +83,7 @@ impl Agent for Service {
             protocol_version: PROTOCOL_VERSION,
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             kernel_release: kernel,
-            init_start_ns: clock::init_start_ns(),
+            init_start_ns: self.init_start_ns,
             agent_ready_ns: self.ready_ns,
             wall_clock_ns: clock::wall_ns(),
             ..Default::default()
