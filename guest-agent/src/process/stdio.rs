@@ -8,7 +8,7 @@ use std::{
 };
 
 use nix::{
-    fcntl::OFlag,
+    fcntl::{FcntlArg, OFlag, fcntl},
     unistd::{Uid, fchown, pipe2},
 };
 use ttrpc::Code;
@@ -17,6 +17,9 @@ use crate::{
     error::Coded,
     stream::{Channel, Kind, StreamError, Streams},
 };
+
+/// Bytes of output that may wait for the shim. The kernel takes them as they come.
+const PIPE: i32 = 256 << 10;
 
 /// Which of them the shim wants.
 #[derive(Debug, Clone, Copy)]
@@ -145,6 +148,10 @@ fn pipe(uid: u32, output: bool) -> Result<(OwnedFd, Arc<Channel>), StdioError> {
     let make = || -> io::Result<_> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
         let (theirs, ours) = if output { (write, read) } else { (read, write) };
+        if output {
+            // One chunk a call then carries more. Where it may not grow, the kernel's default will do.
+            let _ = fcntl(&ours, FcntlArg::F_SETPIPE_SZ(PIPE));
+        }
         fchown(&theirs, Some(Uid::from_raw(uid)), None)?;
         Ok((theirs, Arc::new(Channel::new(ours, Kind::Pipe)?)))
     };
