@@ -1,0 +1,60 @@
+#!/bin/bash
+# A Debian userland for a node whose architecture is not this machine's: userland.sh <arch> <directory>
+# Nothing foreign runs here: packages are only unpacked, and what their scripts would have done that
+# a node needs is done by hand.
+set -euo pipefail
+# shellcheck source=hack/lib.sh
+. "$(dirname "$0")/../lib.sh"
+# shellcheck source=hack/apt.sh
+. "$ROOT/hack/apt.sh"
+
+ARCH=$1
+DIR=$2
+# The first release whose packages are all new enough but for those below.
+SUITE=trixie
+case $ARCH in
+  arm64) QEMU_PACKAGE=qemu-system-arm ;;
+  amd64) QEMU_PACKAGE=qemu-system-x86 ;;
+  *) die "userland.sh: no userland for the architecture $ARCH: amd64 and arm64 are known" ;;
+esac
+PACKAGES=base-files,base-passwd,bash,bridge-utils,ca-certificates,conntrack,coreutils,curl,dash,diffutils,e2fsprogs,\
+findutils,gawk,grep,gzip,hostname,iproute2,iptables,iputils-ping,jq,kmod,libc-bin,login,mount,nftables,procps,\
+python3,$QEMU_PACKAGE,qemu-utils,runc,sed,strace,tar,util-linux,xz-utils
+# virtiofsd before 1.14 is reported to hang when a machine is restored; sid's runs on this release.
+NEWER=(virtiofsd containerd)
+
+# shellcheck disable=SC2016 # mmdebstrap's shell expands it
+FINISH='
+set -e
+cp "$1/usr/share/base-passwd/passwd.master" "$1/etc/passwd"
+cp "$1/usr/share/base-passwd/group.master" "$1/etc/group"
+cat "$1"/usr/share/ca-certificates/mozilla/*.crt >"$1/etc/ssl/certs/ca-certificates.crt"
+ln -sf gawk "$1/usr/bin/awk"
+for t in iptables ip6tables iptables-save iptables-restore ip6tables-save ip6tables-restore; do
+  ln -sf xtables-nft-multi "$1/usr/sbin/$t"
+done
+[ -e "$1/usr/bin/sh" ] || ln -s dash "$1/usr/bin/sh"
+printf "127.0.0.1 localhost\n::1 localhost\n" >"$1/etc/hosts"
+printf "chsnap-node\n" >"$1/etc/hostname"
+rm -rf "$1"/usr/share/doc "$1"/usr/share/man "$1"/usr/share/locale "$1"/var/cache/apt "$1"/var/lib/apt
+'
+
+unpack() {
+  rm -rf "$DIR.new"
+  mmdebstrap --variant=extract --mode=root --architectures="$ARCH" --include="$PACKAGES" \
+    --customize-hook="$FINISH" "$SUITE" "$DIR.new" "$APT/$SUITE-$ARCH/chsnap.sources"
+}
+
+want=$(digest "$0" "$ARCH")
+if [ -d "$DIR" ] && stamped "userland-$ARCH" "$want"; then exit 0; fi
+have mmdebstrap || "$ROOT/hack/setup.sh" packages
+take_lock "userland-$ARCH"
+apt_update "$SUITE" "$ARCH"
+step "userland-$ARCH" "unpacking Debian $SUITE for $ARCH" unpack ||
+  die "no userland for $ARCH: is there space below $TARGET, and are the machine's package sources reachable?"
+fetch_debs sid "$ARCH" "$TARGET/node/newer-$ARCH" alone "${NEWER[@]}"
+cp -a "$TARGET/node/newer-$ARCH/." "$DIR.new/"
+rm -rf "$DIR" "$TARGET/node/newer-$ARCH"
+mv "$DIR.new" "$DIR"
+stamp "userland-$ARCH" "$want"
+say "userland for $ARCH: $(du -sh "$DIR" | cut -f1) in $DIR"
