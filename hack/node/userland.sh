@@ -23,26 +23,26 @@ python3,$QEMU_PACKAGE,qemu-utils,runc,sed,strace,tar,util-linux,xz-utils
 # virtiofsd before 1.14 is reported to hang when a machine is restored; sid's runs on this release.
 NEWER=(virtiofsd containerd)
 
-# shellcheck disable=SC2016 # mmdebstrap's shell expands it
-FINISH='
-set -e
-cp "$1/usr/share/base-passwd/passwd.master" "$1/etc/passwd"
-cp "$1/usr/share/base-passwd/group.master" "$1/etc/group"
-cat "$1"/usr/share/ca-certificates/mozilla/*.crt >"$1/etc/ssl/certs/ca-certificates.crt"
-ln -sf gawk "$1/usr/bin/awk"
-for t in iptables ip6tables iptables-save iptables-restore ip6tables-save ip6tables-restore; do
-  ln -sf xtables-nft-multi "$1/usr/sbin/$t"
-done
-[ -e "$1/usr/bin/sh" ] || ln -s dash "$1/usr/bin/sh"
-printf "127.0.0.1 localhost\n::1 localhost\n" >"$1/etc/hosts"
-printf "chsnap-node\n" >"$1/etc/hostname"
-rm -rf "$1"/usr/share/doc "$1"/usr/share/man "$1"/usr/share/locale "$1"/var/cache/apt "$1"/var/lib/apt
-'
+# mmdebstrap runs no hooks in this variant.
+finish() {
+  local t root=$1
+  cp "$root/usr/share/base-passwd/passwd.master" "$root/etc/passwd"
+  cp "$root/usr/share/base-passwd/group.master" "$root/etc/group"
+  mkdir -p "$root/etc/ssl/certs"
+  cat "$root"/usr/share/ca-certificates/mozilla/*.crt >"$root/etc/ssl/certs/ca-certificates.crt"
+  ln -sf gawk "$root/usr/bin/awk"
+  for t in iptables ip6tables iptables-save iptables-restore ip6tables-save ip6tables-restore; do
+    ln -sf xtables-nft-multi "$root/usr/sbin/$t"
+  done
+  ln -sf ../libexec/virtiofsd "$root/usr/bin/virtiofsd"
+  printf '127.0.0.1 localhost\n::1 localhost\n' >"$root/etc/hosts"
+  printf 'chsnap-node\n' >"$root/etc/hostname"
+  rm -rf "$root"/usr/share/{doc,man,locale} "$root"/var/{cache,lib}/apt
+}
 
 unpack() {
   rm -rf "$DIR.new"
-  mmdebstrap --variant=extract --mode=root --architectures="$ARCH" --include="$PACKAGES" \
-    --customize-hook="$FINISH" "$SUITE" "$DIR.new" "$APT/$SUITE-$ARCH/chsnap.sources"
+  mmdebstrap --variant=extract --mode=root --architectures="$ARCH" --include="$PACKAGES" "$SUITE" "$DIR.new" "$APT/$SUITE-$ARCH/chsnap.sources"
 }
 
 want=$(digest "$0" "$ARCH")
@@ -54,6 +54,7 @@ step "userland-$ARCH" "unpacking Debian $SUITE for $ARCH" unpack ||
   die "no userland for $ARCH: is there space below $TARGET, and are the machine's package sources reachable?"
 fetch_debs sid "$ARCH" "$TARGET/node/newer-$ARCH" alone "${NEWER[@]}"
 cp -a "$TARGET/node/newer-$ARCH/." "$DIR.new/"
+finish "$DIR.new"
 rm -rf "$DIR" "$TARGET/node/newer-$ARCH"
 mv "$DIR.new" "$DIR"
 stamp "userland-$ARCH" "$want"
