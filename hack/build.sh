@@ -1,18 +1,29 @@
 #!/bin/bash
 # Builds what runs on the host, the agent for the guest, and the guest: build.sh [host|agent|guest ...]
-# The agent's architecture is this machine's, or that of CHSNAP_GUEST_ARCH (amd64, arm64).
+# The architecture is this machine's, or ARCH=amd64|arm64; CHSNAP_GUEST_ARCH is the agent's and guest's alone.
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-ARCH=${CHSNAP_GUEST_ARCH:-$(host_arch)}
+HOST=${ARCH:-$(host_arch)}
+ARCH=${CHSNAP_GUEST_ARCH:-$HOST}
 export CARGO_TARGET_DIR=$TARGET
 cd "$ROOT"
 
 # Cargo prints its own progress.
+cross() {
+  [ "$1" != "$(host_arch)" ] || return 0
+  use_cross "$1" || { "$ROOT/hack/setup.sh" packages rust cross && use_cross "$1"; } ||
+    die "no toolchain for $1: hack/setup.sh cross says why"
+}
+
+# For another architecture the programs are in target/<triple>/release.
 build_host() {
-  say "building the shim and chsnap"
-  cargo build --locked --release -p chsnap-shim
+  local target=()
+  cross "$HOST"
+  [ "$HOST" = "$(host_arch)" ] || target=(--target "$(rust_triple "$HOST")")
+  say "building the shim and chsnap for $HOST"
+  cargo build --locked --release "${target[@]}" -p chsnap-shim
 }
 
 # Static, so that the initramfs needs no libraries. --target is given even for the own
@@ -21,9 +32,7 @@ build_host() {
 build_agent() {
   local triple
   triple=$(rust_triple "$ARCH")
-  if [ "$ARCH" != "$(host_arch)" ]; then
-    use_cross "$ARCH" || die "no toolchain for $ARCH: run hack/setup.sh cross"
-  fi
+  cross "$ARCH"
   say "building the agent for $ARCH"
   RUSTFLAGS="-C target-feature=+crt-static" \
     cargo build --locked --profile agent --target "$triple" -p chsnap-agent

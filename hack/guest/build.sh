@@ -1,5 +1,5 @@
 #!/bin/bash
-# Builds the guest: build.sh <amd64|arm64> [kernel|initramfs|all]
+# Builds the guest: build.sh <amd64|arm64> [kernel|busybox|initramfs|all]
 #
 #   target/guest/<arch>/vmlinux (amd64) or Image (arm64)   the distribution's cloud kernel
 #   target/guest/<arch>/modules                            its modules
@@ -94,7 +94,8 @@ build_initramfs() {
 take_lock "guest-$ARCH"
 case $WHAT in
   kernel) build_kernel ;;
+  busybox) build_busybox ;;
   initramfs) build_busybox && build_initramfs ;;
   all) build_kernel && build_busybox && build_initramfs ;;
-  *) die "build.sh: '$WHAT' is none of kernel, initramfs, all" ;;
+  *) die "build.sh: '$WHAT' is none of kernel, busybox, initramfs, all" ;;
 esac

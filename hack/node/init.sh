@@ -1,7 +1,8 @@
 #!/bin/sh
 # The node's first program, in its initramfs: makes a root of the host's shared directories, each
 # under an overlay on the scratch disk, and hands over to agent.py in there.
-# The kernel's command line says where: node.project=, node.out=, both absolute paths on the host.
+# The kernel's command line says where: node.project=, node.target=, node.out=, absolute paths on the
+# host, which are the same in the node.
 export PATH=/bin
 
 fail() {
@@ -16,6 +17,7 @@ mount -t devtmpfs devtmpfs /dev || fail "no /dev"
 for word in $(cat /proc/cmdline); do
   case $word in
     node.project=*) project=${word#*=} ;;
+    node.target=*) target=${word#*=} ;;
     node.out=*) out=${word#*=} ;;
   esac
 done
@@ -28,9 +30,9 @@ load() {
 }
 
 load root
-mkdir -p /shared/root /shared/project /scratch /new
+mkdir -p /shared/root /shared/project /shared/target /scratch /new
 mount -t ext4 -o noatime /dev/vda /scratch || fail "the scratch disk cannot be mounted"
-mkdir -p /scratch/tmp /scratch/containerd
+mkdir -p /scratch/tmp /scratch/containerd /scratch/tests
 chmod 1777 /scratch/tmp
 
 # overlay <tag> <where>
@@ -44,7 +46,8 @@ overlay() {
 overlay root /new
 # The root may be the host's, whose project directory may be a file system of its own.
 overlay project "/new$project"
-mkdir -p "/new$out"
+overlay target "/new$target"
+mkdir -p "/new$out" "/new$target/tests"
 mount -t virtiofs out "/new$out" || fail "the share out cannot be mounted"
 
 cd /new || fail "no root"
@@ -60,6 +63,7 @@ mkdir -p run/lock
 # A real file system, because overlays over overlays are not to be had.
 mount --bind /scratch/tmp tmp
 mount --bind /scratch/containerd var/lib/containerd
+mount --bind /scratch/tests "/new$target/tests"
 mount -t cgroup2 cgroup2 sys/fs/cgroup || fail "no cgroup v2"
 for c in cpu memory pids io; do echo "+$c" >sys/fs/cgroup/cgroup.subtree_control; done
 ln -sfn /proc/self/fd dev/fd
@@ -76,5 +80,6 @@ load kvm
 load more
 umount /proc /sys /dev 2>/dev/null
 # shellcheck disable=SC2093 # what follows is for when it fails
-exec switch_root /new /usr/bin/python3 "$project/hack/node/agent.py" "NODE_OUT=$out" "NODE_PROJECT=$project"
+exec switch_root /new /usr/bin/python3 "$project/hack/node/agent.py" \
+  "NODE_OUT=$out" "CHSNAP_TARGET=$target"
 fail "no python3 in the root"

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Makes what a node needs, once, below target/. Sourced by node.sh.
-# Sets QEMU, KERNEL, CONSOLE and SHARED_ROOT.
+# Sets QEMU, KERNEL, CONSOLE, SHARED_ROOT and SHARED_TARGET.
 
 # What is loaded before the root, what makes /dev/kvm, and what pods and their networks may need.
 NODE_MODULES_ROOT=overlay,virtio_blk
@@ -9,7 +9,7 @@ NODE_MODULES_MORE=virtio_rng,tun,loop,erofs,vhost_net,vhost_vsock,vsock_loopback
 nf_tables,nft_compat,nft_chain_nat,nft_ct,nft_masq,nft_nat,xt_MASQUERADE,xt_nat,xt_addrtype,xt_comment,xt_conntrack,\
 xt_mark,xt_multiport,cls_u32,cls_matchall,act_mirred,sch_ingress
 
-# shellcheck disable=SC2034 # CONSOLE is for node.sh
+# shellcheck disable=SC2034 # some are for node.sh
 prepare() {
   local want free
   # Images, containers and the guests' memory are written there.
@@ -19,7 +19,10 @@ prepare() {
     amd64) QEMU=$BIN/qemu-system-x86_64 KERNEL=$TARGET/guest/amd64/vmlinux CONSOLE=ttyS0 ;;
     arm64) QEMU=$BIN/qemu-system-aarch64 KERNEL=$TARGET/guest/arm64/Image CONSOLE=ttyAMA0 ;;
   esac
-  if [ "$ARCH" = "$(host_arch)" ]; then SHARED_ROOT=/; else SHARED_ROOT=$TARGET/node/rootfs-$ARCH; fi
+  SHARED_ROOT=/ SHARED_TARGET=$TARGET
+  if [ "$ARCH" != "$(host_arch)" ]; then
+    SHARED_ROOT=$TARGET/node/rootfs-$ARCH SHARED_TARGET=$TARGET/node/target-$ARCH
+  fi
   # What is there is taken as it is, without waiting for another run's set-up.
   if [ ! -x "$QEMU" ] || [ ! -x "$BIN/virtiofsd" ]; then
     if [ "$ARCH" = "$(host_arch)" ]; then
@@ -28,9 +31,11 @@ prepare() {
       "$ROOT/hack/setup.sh" packages rust "qemu-$ARCH" virtiofsd
     fi
   fi
-  [ "$ARCH" = "$(host_arch)" ] || "$ROOT/hack/node/userland.sh" "$ARCH" "$SHARED_ROOT"
+  if [ "$ARCH" != "$(host_arch)" ]; then
+    "$ROOT/hack/node/userland.sh" "$ARCH" "$SHARED_ROOT" "$SHARED_TARGET"
+  fi
   [ -f "$KERNEL" ] || "$ROOT/hack/guest/build.sh" "$ARCH" kernel
-  [ -x "$TARGET/guest/$ARCH/busybox" ] || "$ROOT/hack/guest/build.sh" "$ARCH" initramfs
+  [ -x "$TARGET/guest/$ARCH/busybox" ] || "$ROOT/hack/guest/build.sh" "$ARCH" busybox
   mkdir -p "$STATE"
   want=$(digest "$ROOT/hack/node/init.sh" "$ROOT/hack/node/initramfs.py" "$ROOT/hack/guest/initramfs.py" \
     "$TARGET/guest/$ARCH/busybox" "$KERNEL" "$NODE_MODULES_ROOT $NODE_MODULES_KVM $NODE_MODULES_MORE")

@@ -1,5 +1,6 @@
 #!/bin/bash
-# A Debian userland for a node whose architecture is not this machine's: userland.sh <arch> <directory>
+# A Debian userland for a node whose architecture is not this machine's:
+# userland.sh <arch> <directory> <what the node has as target/>
 # Nothing foreign runs here: packages are only unpacked, and what their scripts would have done that
 # a node needs is done by hand.
 set -euo pipefail
@@ -10,6 +11,7 @@ set -euo pipefail
 
 ARCH=$1
 DIR=$2
+NODE_TARGET=$3
 # The first release whose packages are all new enough but for those below.
 SUITE=trixie
 case $ARCH in
@@ -45,6 +47,18 @@ unpack() {
   mmdebstrap --variant=extract --mode=root --architectures="$ARCH" --include="$PACKAGES" "$SUITE" "$DIR.new" "$APT/$SUITE-$ARCH/chsnap.sources"
 }
 
+# The same places below target/ as setup.sh makes on a machine of that architecture.
+tools() {
+  local tools=$NODE_TARGET/tools name machine=aarch64
+  [ "$ARCH" = arm64 ] || machine=x86_64
+  mkdir -p "$tools/bin" "$tools/containerd-2.1/bin"
+  fetch_debs bookworm "$ARCH" "$tools/containerd-1.6" alone containerd
+  ln -sfn usr/bin "$tools/containerd-1.6/bin"
+  for name in containerd ctr containerd-shim-runc-v2; do ln -sfn "/usr/bin/$name" "$tools/containerd-2.1/bin/$name"; done
+  for name in "qemu-system-$machine" virtiofsd; do ln -sfn "/usr/bin/$name" "$tools/bin/$name"; done
+  ln -sfn /usr/sbin/runc "$tools/bin/runc"
+}
+
 want=$(digest "$0" "$ARCH")
 if [ -d "$DIR" ] && stamped "userland-$ARCH" "$want"; then exit 0; fi
 have mmdebstrap || "$ROOT/hack/setup.sh" packages
@@ -55,6 +69,7 @@ step "userland-$ARCH" "unpacking Debian $SUITE for $ARCH" unpack ||
 fetch_debs sid "$ARCH" "$TARGET/node/newer-$ARCH" alone "${NEWER[@]}"
 cp -a "$TARGET/node/newer-$ARCH/." "$DIR.new/"
 finish "$DIR.new"
+tools
 rm -rf "$DIR" "$TARGET/node/newer-$ARCH"
 mv "$DIR.new" "$DIR"
 stamp "userland-$ARCH" "$want"
