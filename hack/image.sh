@@ -1,6 +1,6 @@
 #!/bin/bash
 # Makes target/image/python.tar: an OCI archive with Debian's Python and deploy/demo/app.py, for
-# `ctr images import`. No registry is needed; the packages come from the machine's own mirror.
+# `ctr images import`; for another architecture, ARCH=arm64, it is target/image-arm64/python.tar. No registry is needed; the packages come from the machine's own mirror.
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -8,9 +8,10 @@ set -euo pipefail
 . "$ROOT/hack/apt.sh"
 
 NAME=localhost/chsnap/python-demo:latest
+ARCH=${ARCH:-$(host_arch)}
 OUT=$TARGET/image
+[ "$ARCH" = "$(host_arch)" ] || OUT=$OUT-$ARCH
 APP=$ROOT/deploy/demo/app.py
-ARCH=$(host_arch)
 SUITE=$(codename)
 # Python and enough of a shell to look around with.
 PACKAGES=python3,base-files,base-passwd,coreutils,dash,findutils,grep,sed,busybox,ca-certificates
@@ -23,8 +24,11 @@ set -e
 cp "$1/usr/share/base-passwd/passwd.master" "$1/etc/passwd"
 cp "$1/usr/share/base-passwd/group.master" "$1/etc/group"
 cat "$1"/usr/share/ca-certificates/mozilla/*.crt >"$1/etc/ssl/certs/ca-certificates.crt"
-chroot "$1" python3 -m compileall -q -x "/(test|lib2to3)/" /usr/lib/python3.*
+# Another architecture goes without, as nothing of it runs here.
+[ -n "${FOREIGN:-}" ] || chroot "$1" python3 -m compileall -q -x "/(test|lib2to3)/" /usr/lib/python3.*
 '
+
+[ "$ARCH" = "$(host_arch)" ] || export FOREIGN=1
 
 make_rootfs() {
   # The private configuration's sources: the machine's mirror for the machine's release.
@@ -33,20 +37,20 @@ make_rootfs() {
   mv "$OUT/rootfs.new.tar" "$OUT/rootfs.tar"
 }
 
-take_lock image
+take_lock "${OUT##*/}"
 mkdir -p "$OUT"
 want=$(digest "$0" "$SUITE" "$ARCH")
-if [ ! -f "$OUT/rootfs.tar" ] || ! stamped image-rootfs "$want"; then
+if [ ! -f "$OUT/rootfs.tar" ] || ! stamped "${OUT##*/}-rootfs" "$want"; then
   apt_update "$SUITE" "$ARCH"
-  step image "making a Debian root with Python" make_rootfs || die "no root file system for the demo image"
-  stamp image-rootfs "$want"
+  step "${OUT##*/}" "making a Debian root with Python" make_rootfs || die "no root file system for the demo image"
+  stamp "${OUT##*/}-rootfs" "$want"
 fi
 want=$(digest "$0" "$ROOT/hack/oci_pack.py" "$APP" "$(stat -c %Y "$OUT/rootfs.tar")")
-if [ ! -f "$OUT/python.tar" ] || ! stamped image "$want"; then
+if [ ! -f "$OUT/python.tar" ] || ! stamped "${OUT##*/}" "$want"; then
   python3 "$ROOT/hack/oci_pack.py" --output "$OUT/python.tar" --name "$NAME" --arch "$ARCH" \
     --base "$OUT/rootfs.tar" --file "$APP=/app/app.py" --expose 8080/tcp --workdir /app \
     --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin --env LANG=C.UTF-8 \
     -- python3 /app/app.py
-  stamp image "$want"
+  stamp "${OUT##*/}" "$want"
   say "demo image: $OUT/python.tar, $(($(stat -c %s "$OUT/python.tar") >> 20)) MiB, named $NAME"
 fi

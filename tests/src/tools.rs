@@ -15,7 +15,7 @@ pub struct Tools {
     pub target: PathBuf,
     /// Where the shim and `chsnap` are.
     pub bin: PathBuf,
-    /// `vmlinux`, uncompressed.
+    /// `vmlinux`, uncompressed, or arm64's `Image`.
     pub kernel: PathBuf,
     /// With the agent.
     pub initramfs: PathBuf,
@@ -44,9 +44,9 @@ impl Tools {
         let target = env::var_os("CHSNAP_TARGET").map_or_else(|| workspace.join("target"), PathBuf::from);
         let target = target.canonicalize().unwrap_or_else(|e| panic!("{}: {e}; run hack/setup.sh", target.display()));
         let bin = env::var_os("CHSNAP_BIN_DIR").map_or_else(|| target.join("release"), PathBuf::from);
-        let arch = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+        let (arch, kernel) = if cfg!(target_arch = "aarch64") { ("arm64", "Image") } else { ("amd64", "vmlinux") };
         let tools = Self {
-            kernel: there(target.join("guest").join(arch).join("vmlinux"), "hack/setup.sh"),
+            kernel: there(target.join("guest").join(arch).join(kernel), "hack/setup.sh"),
             initramfs: there(target.join("guest").join(arch).join("initramfs"), "hack/build.sh"),
             qemu: there(target.join(format!("tools/bin/qemu-system-{}", env::consts::ARCH)), "hack/setup.sh"),
             virtiofsd: there(target.join("tools/bin/virtiofsd"), "hack/setup.sh"),
