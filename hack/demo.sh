@@ -46,13 +46,13 @@ fi
 "$ROOT/hack/containerd.sh" stop "$DIR"
 rm -rf "$DIR"
 mkdir -p "$DIR/runs"
-"$ROOT/hack/config.sh" "$DIR/config.toml"
+"$ROOT/hack/config.sh" "$DIR/chsnap.toml"
 
 say "starting containerd $VERSION and importing the image"
 address=$("$ROOT/hack/containerd.sh" start "$VERSION" "$DIR")
 export CONTAINERD_ADDRESS=$address
 ctr=("$TOOLS/containerd-$VERSION/bin/ctr" -a "$address")
-chsnap=("$TARGET/release/chsnap")
+chsnap=("${CHSNAP_BIN_DIR:-$TARGET/release}/chsnap")
 "${ctr[@]}" images import "$TARGET/image/python.tar" >"$LOGS/demo-import.log" 2>&1 ||
   die "the image could not be imported: $(tail -n 3 "$LOGS/demo-import.log")"
 
@@ -73,14 +73,14 @@ for run in $(seq "$RUNS"); do
   id=demo-$run
   say "run $run of $RUNS: ctr run -d --runtime io.containerd.chsnap.v2 --annotation io.chsnap.expose=127.0.0.1:$PORT:8080 ... $id"
   t0=$(now_ms)
-  "${ctr[@]}" run -d --runtime io.containerd.chsnap.v2 --runtime-config-path "$DIR/config.toml" \
+  "${ctr[@]}" run -d --runtime io.containerd.chsnap.v2 --runtime-config-path "$DIR/chsnap.toml" \
     --annotation "io.chsnap.expose=127.0.0.1:$PORT:8080" "$IMAGE" "$id" 9>&-
   ms=$(first_response "$t0")
   answer=$(curl -sf "$URL/")
   echoed=$(curl -sf --data-binary "written on the host" "$URL/echo")
   [ "$echoed" = "written on the host" ] || die "POST $URL/echo answered '$echoed'"
   status=$(curl -s -o /dev/null -w '%{http_code}' "$URL/")
-  "${chsnap[@]}" ps --config "$DIR/config.toml" --json >"$DIR/runs/ps-$run.json"
+  "${chsnap[@]}" ps --config "$DIR/chsnap.toml" --json >"$DIR/runs/ps-$run.json"
   printf '%s' "$answer" >"$DIR/runs/answer-$run.json"
   [ "$run" != 1 ] || say "GET $URL/ -> $answer"
   jq -n --argjson ms "$ms" --argjson status "$status" --arg id "$id" --slurpfile ps "$DIR/runs/ps-$run.json" \
