@@ -157,6 +157,7 @@ async fn a_guest_from_boot_to_power_off() {
     processes_are_limited(&guest).await;
     paths_of_the_share_are_bound(&guest).await;
     a_terminal_is_the_console(&guest).await;
+    a_container_may_manage_cgroups(&guest).await;
     the_clock_is_set(&guest).await;
     a_host_that_comes_back_finds_everything(&mut guest).await;
     the_guest_powers_off(guest).await;
@@ -250,6 +251,20 @@ async fn a_terminal_is_the_console(guest: &Guest) {
     guest.start_process("tty", "e").await.unwrap();
     assert_eq!(guest.text(exec.stdout_stream).await, "/dev/pts/1\r\n0     1     ptmx\r\n");
     guest.delete("tty").await.unwrap();
+}
+
+async fn a_container_may_manage_cgroups(guest: &Guest) {
+    let script = "cd /sys/fs/cgroup; mkdir -p inner/most; echo 1 >inner/cgroup.procs; \
+                  echo +memory >cgroup.subtree_control; cat cgroup.subtree_control; sleep 100";
+    let mut spec = guest.shell(script);
+    spec.json["mounts"][5]["options"] = json!(["rw"]);
+    let streams = guest.run("cgroups", &spec).await;
+    guest.read_until(streams.stdout_stream, "memory").await;
+    let exec = guest.exec("cgroups", "e", &guest.shell("cat /proc/self/cgroup; sleep 100")).await.unwrap();
+    let pid = guest.start_process("cgroups", "e").await.unwrap();
+    assert_eq!(guest.read_until(exec.stdout_stream, "\n").await, "0::/inner\n");
+    assert!(guest.pids("cgroups").await.contains(&pid));
+    guest.delete("cgroups").await.unwrap();
 }
 
 async fn the_clock_is_set(guest: &Guest) {

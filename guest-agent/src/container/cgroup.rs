@@ -166,6 +166,25 @@ impl Cgroup {
         fs::write(&path, "1").map_err(|e| CgroupError::Read(path, e))
     }
 
+    /// The cgroup that a process of the container is in, this one or one below.
+    ///
+    /// # Errors
+    /// If the process is somewhere else, or gone.
+    pub fn of_process(&self, pid: i32) -> Result<OwnedFd, CgroupError> {
+        let table = PathBuf::from(format!("/proc/{pid}/cgroup"));
+        let open_it = || -> io::Result<OwnedFd> {
+            let text = fs::read_to_string(&table)?;
+            let id = self.path.file_name().unwrap_or_default().to_string_lossy();
+            let mark = format!("/{PARENT}/{id}");
+            let path = text.lines().find_map(|line| line.strip_prefix("0::"));
+            let below = path.and_then(|path| path.split_once(&mark)).map(|(_, below)| below.trim_start_matches('/'));
+            let below = below.ok_or(io::ErrorKind::NotFound)?;
+            let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+            Ok(open(&self.path.join(below), flags, Mode::empty())?)
+        };
+        open_it().map_err(|e| CgroupError::Read(table.clone(), e))
+    }
+
     fn is_populated(&self) -> bool {
         fs::read_to_string(self.path.join("cgroup.events")).is_ok_and(|text| field(&text, "populated") != 0)
     }

@@ -19,7 +19,7 @@ use super::{
     spec::Process as ProcessSpec,
 };
 use crate::{
-    process::{self, Birth, Ends, ExecPlan, Launching, Pending, Process, StreamIds, Wanted},
+    process::{self, Birth, Ends, ExecPlan, LaunchError, Launching, Pending, Process, StreamIds, Wanted},
     sys::{self, Child, Namespaces},
 };
 
@@ -99,12 +99,18 @@ impl Containers {
             open_files: self.open_files,
         };
         let plan = plan::exec(&exec.spec, &setting, &child.pidfd)?;
-        let birth = Birth {
-            namespaces: Namespaces::Same,
-            cgroup: container.cgroup.as_fd(),
-            beside: Some((&child.pidfd, &self.own_pid_namespace)),
+        let beside = Some((&child.pidfd, &self.own_pid_namespace));
+        let launch = |cgroup| {
+            let birth = Birth { namespaces: Namespaces::Same, cgroup, beside };
+            Launching::spawn(&plan, birth, None, process, &self.reaper)
         };
-        let launching = Launching::spawn(&plan, birth, None, process, &self.reaper)?;
+        let launching = match launch(container.cgroup.as_fd()) {
+            // The container manages cgroups itself (systemd does), and its outermost one may hold no process then.
+            Err(LaunchError::Clone(e)) if e.raw_os_error() == Some(libc::EBUSY) => {
+                launch(container.cgroup.of_process(child.pid)?.as_fd())?
+            }
+            result => result?,
+        };
         if let Some(pid) = process.pid() {
             set_oom_score(pid, exec.spec.oom_score_adj)?;
         }

@@ -84,7 +84,7 @@ impl Agent {
         fs::create_dir(&cgroup).unwrap();
         let process = Command::new("unshare")
             .args(["--pid", "--fork", "--mount-proc", "--ipc", "--uts", "--kill-child=SIGKILL"])
-            .arg(env!("CARGO_BIN_EXE_chsnap-agent"))
+            .arg(std::env::var_os("CHSNAP_TEST_AGENT").unwrap_or(env!("CARGO_BIN_EXE_chsnap-agent").into()))
             .arg("--unix")
             .arg(&socket)
             .arg("--cgroup-root")
