@@ -27,8 +27,8 @@ cleanup() {
   local status=$?
   trap - EXIT INT TERM
   if [ "$status" -ne 0 ] && [ -f "$DIR/containerd.log" ]; then
-    say "the demo failed; the end of $DIR/containerd.log:"
-    tail -n 15 "$DIR/containerd.log" | cut -c1-400 | sed 's/^/    /' >&2
+    say "the demo failed; the last complaints in $DIR/containerd.log:"
+    { grep -E 'level="?(warn|error|fatal)' "$DIR/containerd.log" || true; } | tail -n 10 | cut -c1-400 | sed 's/^/    /' >&2
   fi
   "$ROOT/hack/containerd.sh" stop "$DIR" || true
   rm -rf "$DIR/root" "$CHSNAP_STATE_DIR"
