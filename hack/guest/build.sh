@@ -34,14 +34,17 @@ kernel_package() {
 }
 
 build_kernel() {
-  local suite package tmp=$OUT/unpacked mod
+  local suite package tmp=$OUT/unpacked mod want
   if [ -n "${CHSNAP_KERNEL:-}" ]; then
-    stamped "kernel-$ARCH" "$CHSNAP_KERNEL ${CHSNAP_MODULES:-}" && return 0
     [ -f "$CHSNAP_KERNEL" ] || die "CHSNAP_KERNEL=$CHSNAP_KERNEL: no such file"
+    [ -z "${CHSNAP_MODULES:-}" ] || [ -f "$CHSNAP_MODULES/modules.builtin" ] ||
+      die "CHSNAP_MODULES=$CHSNAP_MODULES: not a /lib/modules/<version>, for it has no modules.builtin"
+    want=$(digest "$CHSNAP_KERNEL" "${CHSNAP_MODULES:-}")
+    if [ -f "$KERNEL" ] && stamped "kernel-$ARCH" "$want"; then return 0; fi
     python3 "$ROOT/hack/guest/extract_kernel.py" "$CHSNAP_KERNEL" "$KERNEL"
     rm -rf "$OUT/modules"
     [ -z "${CHSNAP_MODULES:-}" ] || cp -a "$CHSNAP_MODULES" "$OUT/modules"
-    stamp "kernel-$ARCH" "$CHSNAP_KERNEL ${CHSNAP_MODULES:-}"
+    stamp "kernel-$ARCH" "$want"
     return 0
   fi
   if [ -f "$KERNEL" ] && [ -d "$OUT/modules" ] && stamped "kernel-$ARCH" distribution; then return 0; fi
@@ -79,7 +82,7 @@ build_initramfs() {
   local agent want args=() m
   agent=${CHSNAP_AGENT:-$TARGET/$(rust_triple "$ARCH")/agent/chsnap-agent}
   [ -f "$agent" ] || die "no agent at $agent: run 'make build' first"
-  want=$(digest "$agent" "$ROOT/guest-agent/vm_init.sh" "$ROOT/guest-agent/fstab" "$ROOT/hack/guest/initramfs.py" "$OUT/busybox" "$KERNEL" "${MODULES[*]}")
+  want=$(digest "$agent" "$ROOT/guest-agent/vm_init.sh" "$ROOT/guest-agent/fstab" "$ROOT/hack/guest/initramfs.py" "$OUT/busybox" "$TARGET/stamps/kernel-$ARCH" "$KERNEL" "${MODULES[*]}")
   if [ -f "$OUT/initramfs" ] && stamped "initramfs-$ARCH" "$want"; then return 0; fi
   if [ -d "$OUT/modules" ]; then
     args+=(--modules "$OUT/modules")
