@@ -51,7 +51,7 @@ pub enum BootError {
         needed: String,
     },
     /// The VMM runs but does not do as told.
-    #[error("the VMM {program:?} cannot be controlled; is it the supported version?")]
+    #[error("the VMM {program:?} did not start the machine")]
     Control {
         /// What runs.
         program: PathBuf,
@@ -86,6 +86,12 @@ pub enum ControlError {
         command: String,
         /// What is wrong with the answer.
         what: String,
+    },
+    /// A file that the VMM cannot be told of.
+    #[error("the path {path:?} is not UTF-8, and the VMM takes no other")]
+    Path {
+        /// Which.
+        path: PathBuf,
     },
     /// The VMM said no.
     #[error("the VMM refused {command:?}: {answer}")]

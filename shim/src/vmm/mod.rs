@@ -8,12 +8,16 @@ use tokio::{
     sync::watch,
 };
 
+mod arch;
+mod cloud_hypervisor;
 mod error;
 mod kvm;
 mod memory;
 mod process;
-pub mod qemu;
+mod qemu;
 mod ring;
+#[cfg(test)]
+mod scenarios;
 mod select;
 mod survey;
 #[cfg(test)]

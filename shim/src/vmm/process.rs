@@ -12,7 +12,7 @@ use std::{
 
 use tokio::{io::AsyncRead, process::Child, sync::watch, time::timeout};
 
-use super::{BootError, VmExit, ring::Ring};
+use super::{BootError, ControlError, VmExit, ring::Ring};
 use crate::child;
 
 /// Kept of the guest's console: more than a kernel's last words, less than anybody minds per pod.
@@ -21,6 +21,8 @@ const CONSOLE_BYTES: usize = 32 << 10;
 const STDERR_BYTES: usize = 8 << 10;
 /// How long the pipes of a dead VMM may stay open, should something else hold their other end.
 const DRAIN: Duration = Duration::from_secs(1);
+/// Between a VMM closing its control socket and its end.
+const DYING: Duration = Duration::from_secs(5);
 /// Variables that the VMM may need to be found and loaded. Others are nobody's business in there.
 const ENVIRONMENT: [&str; 2] = ["PATH", "LD_LIBRARY_PATH"];
 
@@ -37,24 +39,58 @@ pub struct Launch<'a> {
     pub cgroups: &'a [PathBuf],
 }
 
+/// What holds a process. Whoever has a clone can have it killed.
+#[derive(Debug, Clone)]
+pub struct Leash(watch::Sender<()>);
+
+impl Leash {
+    /// Holds nothing yet.
+    pub fn new() -> Self {
+        Self(watch::Sender::new(()))
+    }
+
+    /// Has the process killed.
+    pub fn pull(&self) {
+        self.0.send_replace(());
+    }
+
+    /// Changes when it is pulled.
+    pub fn watch(&self) -> watch::Receiver<()> {
+        self.0.subscribe()
+    }
+}
+
 /// A process that is watched. Dropping it kills.
 #[derive(Debug)]
 pub struct Process {
     pid: u32,
     console: Ring,
     exited: watch::Receiver<Option<VmExit>>,
-    /// A message, or its loss, makes the watcher kill.
-    leash: watch::Sender<()>,
+    leash: Leash,
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.leash.pull();
+    }
 }
 
 impl Process {
     /// Starts it. stdout is taken as the guest's console. `by_guest` is asked once the process is gone, and says
-    /// whether the guest wanted that; it gets a moment to read the last of what the VMM told it.
-    pub fn start(launch: Launch<'_>, by_guest: impl Future<Output = bool> + Send + 'static) -> Result<Self, BootError> {
+    /// whether the guest wanted that: it is told whether the process ended by itself and successfully, and gets a
+    /// moment to read the last of what the VMM had to say.
+    pub fn start<F>(
+        launch: Launch<'_>,
+        leash: Leash,
+        by_guest: impl FnOnce(bool) -> F + Send + 'static,
+    ) -> Result<Self, BootError>
+    where
+        F: Future<Output = bool> + Send,
+    {
+        let mut released = leash.watch();
         let mut child = spawn(launch)?;
         let pid = child.id().unwrap_or_default();
         let (console, stderr) = (Ring::new(CONSOLE_BYTES), Ring::new(STDERR_BYTES));
-        let (leash, mut released) = watch::channel(());
         let (sender, exited) = watch::channel(None);
         let mut readers = {
             let (console, stdout_pipe) = (console.clone(), child.stdout.take());
@@ -63,11 +99,11 @@ impl Process {
         };
         let last_words = console.clone();
         tokio::spawn(async move {
-            let status = reap(&mut child, &mut released).await;
+            let (status, ended_well) = reap(&mut child, &mut released).await;
             if timeout(DRAIN, &mut readers).await.is_err() {
                 readers.abort();
             }
-            let by_guest = timeout(DRAIN, by_guest).await.unwrap_or(false);
+            let by_guest = timeout(DRAIN, by_guest(ended_well)).await.unwrap_or(false);
             let exit = VmExit { status, by_guest, stderr: stderr.text(), console: last_words.text() };
             sender.send_replace(Some(exit));
         });
@@ -96,8 +132,24 @@ impl Process {
 
     /// Kills, and waits for the end.
     pub async fn kill(&self) {
-        self.leash.send_replace(());
+        self.leash.pull();
         self.ended().await;
+    }
+
+    /// Why a VMM that was told to start a guest did not. Nothing of it is left after. What it said itself before it
+    /// ended is worth more than that its socket closed; `advice` knows what to do about some of that.
+    pub async fn gave_up(self, program: &Path, error: ControlError, advice: fn(&str) -> &'static str) -> BootError {
+        let program = program.to_owned();
+        let died = match error {
+            ControlError::Closed { .. } => timeout(DYING, self.ended()).await.ok().flatten(),
+            _ => None,
+        };
+        let Some(exit) = died else {
+            self.kill().await;
+            return BootError::Control { program, source: error };
+        };
+        let said = exit.stderr.lines().collect::<Vec<_>>().join("; ");
+        BootError::Died { program, status: exit.status, advice: advice(&said), said }
     }
 }
 
@@ -112,17 +164,21 @@ fn spawn(launch: Launch<'_>) -> Result<Child, BootError> {
     command.spawn().map_err(|source| BootError::Spawn { program: program.to_owned(), source })
 }
 
-/// Waits for the child, and kills it first once nobody holds it any more.
-async fn reap(child: &mut Child, released: &mut watch::Receiver<()>) -> String {
-    let status = tokio::select! {
-        status = child.wait() => status,
+/// Waits for the child, and kills it first if its leash is pulled. Tells its status, and whether it ended by itself
+/// and successfully.
+async fn reap(child: &mut Child, released: &mut watch::Receiver<()>) -> (String, bool) {
+    let (status, killed) = tokio::select! {
+        status = child.wait() => (status, false),
         _ = released.changed() => {
             // An error means that it is dead already.
             let _ = child.start_kill();
-            child.wait().await
+            (child.wait().await, true)
         }
     };
-    status.map_or_else(|error| format!("unknown: {error}"), |status| status.to_string())
+    match status {
+        Ok(status) => (status.to_string(), status.success() && !killed),
+        Err(error) => (format!("unknown: {error}"), false),
+    }
 }
 
 async fn fill(ring: &Ring, pipe: Option<impl AsyncRead + Unpin>) {
@@ -145,15 +201,31 @@ mod tests {
 
     #[tokio::test]
     async fn output_and_status_of_a_process_that_ends() {
-        let process = Process::start(shell("echo out; echo err >&2; exit 3", vec![], &[]), async { true }).unwrap();
+        let process =
+            Process::start(shell("echo out; echo err >&2; exit 3", vec![], &[]), Leash::new(), |_| async { true })
+                .unwrap();
         let exit = process.ended().await.unwrap();
         assert_eq!((exit.console.as_str(), exit.stderr.as_str()), ("out", "err"));
         assert_eq!((exit.status.as_str(), exit.by_guest), ("exit status: 3", true));
     }
 
     #[tokio::test]
+    async fn whether_it_ended_well_by_itself_is_told() {
+        let ended = |script| async move {
+            let process = Process::start(shell(script, vec![], &[]), Leash::new(), |well| async move { well }).unwrap();
+            process.ended().await.unwrap().by_guest
+        };
+        assert_eq!((ended("exit 0").await, ended("exit 1").await), (true, false));
+        let leash = Leash::new();
+        let process =
+            Process::start(shell("exec sleep 1000", vec![], &[]), leash.clone(), |well| async move { well }).unwrap();
+        leash.pull();
+        assert!(!process.ended().await.unwrap().by_guest);
+    }
+
+    #[tokio::test]
     async fn dropping_kills_and_reaps() {
-        let process = Process::start(shell("exec sleep 1000", vec![], &[]), async { false }).unwrap();
+        let process = Process::start(shell("exec sleep 1000", vec![], &[]), Leash::new(), |_| async { false }).unwrap();
         let (pid, mut exited) = (process.pid(), process.exited());
         drop(process);
         let exit = exited.wait_for(Option::is_some).await.unwrap().clone().unwrap();
@@ -163,7 +235,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_grandchild_that_holds_the_pipes_does_not_delay_the_end_for_long() {
-        let process = Process::start(shell("sleep 5 & exit 0", vec![], &[]), async { false }).unwrap();
+        let process =
+            Process::start(shell("sleep 5 & exit 0", vec![], &[]), Leash::new(), |_| async { false }).unwrap();
         timeout(Duration::from_secs(4), process.ended()).await.unwrap().unwrap();
     }
 
@@ -172,7 +245,7 @@ mod tests {
         let (mut reader, writer) = io::pipe().unwrap();
         let writer = OwnedFd::from(writer);
         let script = format!("env | cut -d= -f1 >&{}", child::fd_number(&writer));
-        let process = Process::start(shell(&script, vec![writer], &[]), async { false }).unwrap();
+        let process = Process::start(shell(&script, vec![writer], &[]), Leash::new(), |_| async { false }).unwrap();
         process.ended().await.unwrap();
         let mut told = String::new();
         reader.read_to_string(&mut told).unwrap();
@@ -185,10 +258,10 @@ mod tests {
     async fn a_missing_program_and_a_missing_cgroup_are_told_apart() {
         let program = Path::new("/nonexistent/vmm");
         let launch = Launch { program, args: vec![], fds: vec![], cgroups: &[] };
-        let error = Process::start(launch, async { false }).unwrap_err();
+        let error = Process::start(launch, Leash::new(), |_| async { false }).unwrap_err();
         assert!(matches!(error, BootError::Spawn { .. }), "{error}");
         let cgroups = [PathBuf::from("/nonexistent/cgroup")];
-        let error = Process::start(shell("true", vec![], &cgroups), async { false }).unwrap_err();
+        let error = Process::start(shell("true", vec![], &cgroups), Leash::new(), |_| async { false }).unwrap_err();
         assert!(matches!(error, BootError::Cgroup(_)), "{error}");
     }
 }

@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use super::{
     Accelerator, Driver, VmmKind,
+    cloud_hypervisor::CloudHypervisor,
     memory::Memory,
     qemu::Qemu,
     survey::{Freshness, Host, MEMORY, Program},
@@ -62,10 +63,7 @@ pub async fn select(config: &VmmConfig) -> Result<Box<dyn Driver>, SelectError> 
     log::debug!("{vmm} on {accelerator}: {why}");
     match vmm {
         VmmKind::Qemu => Ok(Box::new(Qemu { program, accelerator })),
-        VmmKind::CloudHypervisor => {
-            let problem = format!("this build cannot drive {program:?} yet: set choice = \"qemu\"");
-            Err(SelectError::Unusable { kind: vmm, problem })
-        }
+        VmmKind::CloudHypervisor => Ok(Box::new(CloudHypervisor { program })),
     }
 }
 

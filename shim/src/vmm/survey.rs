@@ -11,7 +11,7 @@ use serde::Serialize;
 use tokio::time::timeout;
 
 use super::{
-    VmmKind, kvm,
+    VmmKind, cloud_hypervisor, kvm,
     memory::Memory,
     qemu,
     select::{self, Taken},
@@ -150,10 +150,10 @@ struct Wanted {
 
 const CLOUD_HYPERVISOR: Wanted = Wanted {
     kind: VmmKind::CloudHypervisor,
-    name: "cloud-hypervisor",
+    name: cloud_hypervisor::PROGRAM,
     variable: "CHSNAP_CLOUD_HYPERVISOR",
     key: "vmm.cloud_hypervisor",
-    oldest: (52, 0),
+    oldest: cloud_hypervisor::OLDEST,
     install: "install a release of Cloud Hypervisor",
 };
 

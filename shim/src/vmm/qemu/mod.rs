@@ -12,28 +12,26 @@ use std::{
     io,
     os::{fd::OwnedFd, unix::net::UnixStream as StdStream},
     path::PathBuf,
-    time::Duration,
 };
 
 use async_trait::async_trait;
-use tokio::{net::UnixStream, sync::watch, time::timeout};
+use tokio::{net::UnixStream, sync::watch};
 
 use self::{
-    args::{Arch, Fds},
+    args::Fds,
     qmp::{Qmp, Version},
 };
 use super::{
-    Accelerator, BootError, Channel, ChannelError, ControlError, Driver, Vm, VmExit, VmSpec, VmmKind,
-    process::{Launch, Process},
+    Accelerator, BootError, Channel, ChannelError, Driver, Vm, VmExit, VmSpec, VmmKind,
+    arch::Arch,
+    process::{Launch, Leash, Process},
 };
 use crate::child;
 
 /// Older ones refuse to snapshot a virtiofs device, and their emulation corrupts a nested AMD guest.
 pub const OLDEST: Version = Version { major: 10, minor: 0, micro: 0 };
 /// The name of its program.
-pub const PROGRAM: &str = Arch::HOST.program();
-/// Between QEMU closing QMP and its end.
-const DYING: Duration = Duration::from_secs(5);
+pub const PROGRAM: &str = args::program(Arch::HOST);
 
 /// Starts machines with QEMU.
 #[derive(Debug, Clone)]
@@ -74,7 +72,8 @@ impl Driver for Qemu {
             cgroups: &spec.cgroups,
         };
         let (qmp, listener) = Qmp::start(control);
-        let process = Process::start(launch, async { listener.await.unwrap_or(false) })?;
+        let by_guest = |_| async { listener.await.unwrap_or(false) };
+        let process = Process::start(launch, Leash::new(), by_guest)?;
         match qmp.negotiate().await {
             Ok(version) if version >= OLDEST => Ok(Box::new(QemuVm { process, agent, _qmp: qmp })),
             Ok(version) => {
@@ -82,25 +81,8 @@ impl Driver for Qemu {
                 let (found, needed) = (version.to_string(), OLDEST.to_string());
                 Err(BootError::Version { program: self.program.clone(), found, needed })
             }
-            Err(error) => Err(self.gave_up(&process, error).await),
+            Err(error) => Err(process.gave_up(&self.program, error, advice).await),
         }
-    }
-}
-
-impl Qemu {
-    /// What QEMU itself said is worth more than that its socket closed.
-    async fn gave_up(&self, process: &Process, error: ControlError) -> BootError {
-        let program = self.program.clone();
-        let died = match error {
-            ControlError::Closed { .. } => timeout(DYING, process.ended()).await.ok().flatten(),
-            _ => None,
-        };
-        let Some(exit) = died else {
-            process.kill().await;
-            return BootError::Control { program, source: error };
-        };
-        let said = exit.stderr.lines().collect::<Vec<_>>().join("; ");
-        BootError::Died { program, status: exit.status, advice: advice(&said), said }
     }
 }
 

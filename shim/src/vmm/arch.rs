@@ -1,0 +1,38 @@
+//! What depends on the processor and not on the VMM.
+
+use super::Accelerator;
+
+/// The guest's architecture: always the host's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arch {
+    /// Intel's and AMD's.
+    X86_64,
+    /// Arm's, 64 bits.
+    Aarch64,
+}
+
+impl Arch {
+    /// This build's.
+    pub const HOST: Self = if cfg!(target_arch = "aarch64") { Self::Aarch64 } else { Self::X86_64 };
+
+    /// The kernel command line: where the kernel writes, how it ends, what it may leave out; then the caller's words.
+    ///
+    /// A panic reboots at once, and a reboot ends the VMM. What is left out is of no use in this guest (self tests, a
+    /// spare random source, the check of signatures that the initramfs vouches for) and takes two fifths of an
+    /// emulated boot. Without `no_timer_check` a busy host's guest may lose its timer.
+    pub fn cmdline(self, accelerator: Accelerator, words: &[String]) -> String {
+        const COMMON: &str = "quiet panic=-1 cryptomgr.notests initcall_blacklist=load_system_certificate_list,\
+            jent_mod_init,bpf_tcp_ca_kfunc_init,bpf_dummy_struct_ops_init,trace_eval_init,init_kprobe_trace";
+        let own = match (self, accelerator) {
+            (Self::X86_64, Accelerator::Kvm) => "console=ttyS0 reboot=t tsc=reliable no_timer_check",
+            // Patching and moving the kernel is dear where every changed instruction is translated again.
+            (Self::X86_64, Accelerator::Tcg) => {
+                "console=ttyS0 reboot=t tsc=reliable no_timer_check noreplace-smp nokaslr"
+            }
+            (Self::Aarch64, Accelerator::Kvm) => "console=ttyAMA0",
+            (Self::Aarch64, Accelerator::Tcg) => "console=ttyAMA0 nokaslr",
+        };
+        let words = [own, COMMON].into_iter().chain(words.iter().map(String::as_str));
+        words.collect::<Vec<_>>().join(" ")
+    }
+}

@@ -1,0 +1,172 @@
+//! Cloud Hypervisor: the main driver, where KVM runs guests.
+//!
+//! The API's socket is made and connected to before the VMM runs, and its name removed at once: there is nothing to
+//! poll for, and nobody else to connect. The agent's is the other way round: the guest connects to port 1024 of
+//! the host, which Cloud Hypervisor turns into a connection to `<vsock socket>_1024`, where this driver listens.
+
+mod api;
+mod events;
+mod machine;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    ffi::OsString,
+    fs, io,
+    os::{
+        fd::OwnedFd,
+        unix::net::{UnixListener as StdListener, UnixStream as StdStream},
+    },
+    path::{Path, PathBuf},
+};
+
+use async_trait::async_trait;
+use chsnap_protocol::VSOCK_PORT;
+use tokio::{
+    net::{UnixListener, UnixStream},
+    sync::watch,
+};
+
+use self::api::Api;
+use super::{
+    Accelerator, BootError, Channel, ChannelError, ControlError, Driver, Vm, VmExit, VmSpec, VmmKind,
+    process::{Launch, Leash, Process},
+};
+use crate::child;
+
+/// The name of its program.
+pub const PROGRAM: &str = "cloud-hypervisor";
+/// The first with everything that a restore needs.
+pub const OLDEST: (u64, u64) = (52, 0);
+
+/// Starts machines with Cloud Hypervisor.
+#[derive(Debug, Clone)]
+pub struct CloudHypervisor {
+    /// Its program.
+    pub program: PathBuf,
+}
+
+#[derive(Debug)]
+struct CloudHypervisorVm {
+    process: Process,
+    agent: UnixListener,
+    agent_path: PathBuf,
+    _api: Api,
+}
+
+#[async_trait]
+impl Driver for CloudHypervisor {
+    fn kind(&self) -> VmmKind {
+        VmmKind::CloudHypervisor
+    }
+
+    fn accelerator(&self) -> Accelerator {
+        Accelerator::Kvm
+    }
+
+    async fn boot(&self, spec: &VmSpec) -> Result<Box<dyn Vm>, BootError> {
+        let vsock = spec.run_dir.join("vsock.sock");
+        let agent_path = spec.run_dir.join(format!("vsock.sock_{VSOCK_PORT}"));
+        let agent = socket("agent", || {
+            let listener = StdListener::bind(&agent_path)?;
+            listener.set_nonblocking(true)?;
+            UnixListener::from_std(listener)
+        })?;
+        let (api, api_fd) = socket("API", || api_socket(&spec.run_dir.join("api.sock")))?;
+        let (events, events_fd) = socket("event", || {
+            let (ours, theirs) = StdStream::pair()?;
+            ours.set_nonblocking(true)?;
+            Ok((UnixStream::from_std(ours)?, OwnedFd::from(theirs)))
+        })?;
+        let fd = |fd| OsString::from(format!("fd={}", child::fd_number(fd)));
+        let launch = Launch {
+            program: &self.program,
+            args: vec!["--api-socket".into(), fd(&api_fd), "--event-monitor".into(), fd(&events_fd)],
+            fds: vec![api_fd, events_fd],
+            cgroups: &spec.cgroups,
+        };
+        let leash = Leash::new();
+        let listener = tokio::spawn(events::listen(events, leash.clone()));
+        // It ends by itself, and well, only after the guest powered off; it may not get to telling that.
+        let by_guest = |ended_well| async move { listener.await.unwrap_or(false) || ended_well };
+        let process = Process::start(launch, leash, by_guest)?;
+        match self.start(&api, spec, &vsock).await {
+            Ok(()) => Ok(Box::new(CloudHypervisorVm { process, agent, agent_path, _api: api })),
+            Err(StartError::Old(found)) => {
+                process.kill().await;
+                let needed = format!("{}.{}", OLDEST.0, OLDEST.1);
+                Err(BootError::Version { program: self.program.clone(), found, needed })
+            }
+            Err(StartError::Control(error)) => Err(process.gave_up(&self.program, error, advice).await),
+        }
+    }
+}
+
+enum StartError {
+    Old(String),
+    Control(ControlError),
+}
+
+impl From<ControlError> for StartError {
+    fn from(error: ControlError) -> Self {
+        Self::Control(error)
+    }
+}
+
+impl CloudHypervisor {
+    async fn start(&self, api: &Api, spec: &VmSpec, vsock: &Path) -> Result<(), StartError> {
+        let (version, numbers) = machine::version(api).await?;
+        if numbers < Some(OLDEST) {
+            return Err(StartError::Old(version));
+        }
+        Ok(machine::boot(api, spec, vsock).await?)
+    }
+}
+
+#[async_trait]
+impl Vm for CloudHypervisorVm {
+    fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    async fn channel(&self) -> Result<Box<dyn Channel>, ChannelError> {
+        let accepted = self.agent.accept().await;
+        let (stream, _) = accepted.map_err(|source| ChannelError::Connect { path: self.agent_path.clone(), source })?;
+        Ok(Box::new(stream))
+    }
+
+    fn exited(&self) -> watch::Receiver<Option<VmExit>> {
+        self.process.exited()
+    }
+
+    fn console(&self) -> String {
+        self.process.console()
+    }
+
+    async fn kill(&self) {
+        self.process.kill().await;
+    }
+}
+
+fn socket<T>(what: &'static str, make: impl FnOnce() -> io::Result<T>) -> Result<T, BootError> {
+    make().map_err(|source| BootError::Socket { what, source })
+}
+
+/// A connection that waits for the VMM to accept it, and the socket on which the VMM does so.
+fn api_socket(path: &Path) -> io::Result<(Api, OwnedFd)> {
+    let listener = StdListener::bind(path)?;
+    let connected = StdStream::connect(path);
+    fs::remove_file(path)?;
+    let stream = connected?;
+    stream.set_nonblocking(true)?;
+    Ok((Api::new(UnixStream::from_std(stream)?), listener.into()))
+}
+
+/// What to do about the usual reasons for which Cloud Hypervisor gives up by itself.
+fn advice(said: &str) -> &'static str {
+    const KNOWN: [(&str, &str); 2] = [
+        ("/dev/kvm", "; load the kvm module and give access to /dev/kvm, or set vmm = \"qemu\""),
+        ("memory allocation", "; the host cannot give that much memory: lower the VM's memory"),
+    ];
+    KNOWN.iter().find(|(text, _)| said.contains(text)).map_or("", |(_, advice)| advice)
+}

@@ -1,0 +1,90 @@
+//! What every driver has to do with a real guest.
+
+use std::time::Duration;
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tokio::time::{sleep, timeout};
+
+use super::{
+    BootError, Driver, VmSpec,
+    testing::{BOOT, Bench, end, is_gone, shows},
+};
+
+/// A guest that powers off is seen to have wanted that; it saw the share; nothing is left.
+pub async fn powers_off(driver: &dyn Driver) {
+    let script = "mount -t virtiofs chsnap /mnt; cat /mnt/hello; poweroff -f";
+    let Some(bench) = Bench::new(script).await else { return };
+    let vm = driver.boot(&bench.spec).await.unwrap();
+    let exit = end(&*vm).await;
+    assert!(exit.by_guest, "{exit:?}");
+    assert_eq!(exit.status, "exit status: 0");
+    assert!(exit.console.contains("from the host"), "{}", exit.console);
+    assert!(is_gone(vm.pid()));
+}
+
+/// A panic and a reboot both end the machine, which does not start again, and the panic's text is kept.
+pub async fn panics_and_reboots(driver: &dyn Driver) {
+    let Some(bench) = Bench::new("echo BEGIN; exit 7").await else { return };
+    let vm = driver.boot(&bench.spec).await.unwrap();
+    let exit = end(&*vm).await;
+    assert!(exit.by_guest, "{exit:?}");
+    assert!(exit.console.contains("Attempted to kill init! exitcode=0x00000700"), "{}", exit.console);
+
+    let Some(bench) = Bench::new("echo BEGIN; reboot -f").await else { return };
+    let vm = driver.boot(&bench.spec).await.unwrap();
+    let exit = end(&*vm).await;
+    assert!(exit.by_guest, "{exit:?}");
+    assert_eq!(exit.console.matches("BEGIN").count(), 1, "{}", exit.console);
+}
+
+/// The console of a guest that never stops writing takes no more memory.
+pub async fn babbles(driver: &dyn Driver) {
+    let Some(bench) = Bench::new("while :; do cat /bin/busybox; done").await else { return };
+    let vm = driver.boot(&bench.spec).await.unwrap();
+    shows(&*vm, "ELF").await;
+    sleep(Duration::from_secs(2)).await;
+    // A byte that is no text becomes a replacement character of three.
+    assert!(vm.console().len() <= 3 * (32 << 10), "{}", vm.console().len());
+    vm.kill().await;
+    assert!(!vm.exited().borrow().as_ref().unwrap().by_guest);
+    assert!(is_gone(vm.pid()));
+}
+
+/// A VMM that somebody kills is noticed, and is not the guest's doing. A machine that is dropped is gone.
+pub async fn is_killed(driver: &dyn Driver) {
+    let Some(bench) = Bench::new("sleep 1000").await else { return };
+    let vm = driver.boot(&bench.spec).await.unwrap();
+    kill(Pid::from_raw(i32::try_from(vm.pid()).unwrap()), Signal::SIGKILL).unwrap();
+    let exit = end(&*vm).await;
+    assert_eq!((exit.status.as_str(), exit.by_guest), ("signal: 9 (SIGKILL)", false));
+
+    let Some(bench) = Bench::new("sleep 1000").await else { return };
+    let vm = driver.boot(&bench.spec).await.unwrap();
+    let (pid, mut exited) = (vm.pid(), vm.exited());
+    drop(vm);
+    timeout(BOOT, exited.wait_for(Option::is_some)).await.unwrap().unwrap();
+    assert!(is_gone(pid));
+}
+
+/// What of a machine is spoilt, a part of the error for it, and the error's end.
+pub type Spoilt = (fn(&mut VmSpec), &'static str, &'static str);
+
+/// A machine that cannot start is an error that says why and what to do, and leaves nothing.
+pub async fn cannot_start(driver: &dyn Driver, cases: &[Spoilt]) {
+    for (spoil, what, advice) in cases {
+        // Each with a virtiofsd of its own, which serves one connection and ends.
+        let Some(mut bench) = Bench::new("").await else { return };
+        spoil(&mut bench.spec);
+        let error = driver.boot(&bench.spec).await.err().unwrap();
+        let text = chain(&error);
+        assert!(text.contains(what) && text.ends_with(advice), "{text}");
+    }
+}
+
+fn chain(error: &BootError) -> String {
+    let sources = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
+    sources.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
