@@ -1,7 +1,8 @@
 //! Runs one program in a booted guest, by hand: `drive SOCKET [--] ROOT ARG...`.
 //!
-//! SOCKET is the host's end of the agent channel, ROOT the container's root as the guest sees it. What the program
-//! writes goes to stdout, the guest's figures to stderr. For looking at an agent without containerd.
+//! SOCKET is the host's end of the agent channel (`listen:PATH` over vsock, where the agent connects), ROOT the
+//! container's root as the guest sees it. What the program writes goes to stdout, the guest's figures to stderr. For
+//! looking at an agent without containerd.
 
 use std::{error::Error, io::Write as _, time::Instant};
 
@@ -11,7 +12,7 @@ use chsnap_protocol::{
     agent_ttrpc::AgentClient,
     session,
 };
-use tokio::net::UnixStream;
+use tokio::net::{UnixListener, UnixStream};
 use ttrpc::{
     r#async::{Client, transport::Socket},
     context,
@@ -43,7 +44,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = given.collect();
 
     let begin = Instant::now();
-    let mut channel = UnixStream::connect(&socket).await?;
+    // Over vsock it is the agent who connects.
+    let mut channel = match socket.strip_prefix("listen:") {
+        Some(path) => UnixListener::bind(path)?.accept().await?.0,
+        None => UnixStream::connect(&socket).await?,
+    };
     session::open(&mut channel, u64::from(std::process::id())).await?;
     eprintln!("session after {:?}", begin.elapsed());
     let agent = AgentClient::new(Client::new(Socket::new(channel)));

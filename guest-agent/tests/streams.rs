@@ -75,6 +75,7 @@ async fn a_slow_reader_loses_nothing_and_stops_the_writer() {
     let rest = agent.read_all(streams.stdout_stream).await;
     assert!(rest.iter().all(|b| *b == b'x'));
     assert_eq!(total + rest.len(), 10 << 20);
+    eprintln!("{} kB resident after 10 MB of output", agent.resident());
     assert!(agent.resident() < 16 << 10, "{} kB resident", agent.resident());
 }
 
@@ -220,6 +221,7 @@ async fn a_hundred_connections_with_half_closes() {
     });
     futures::future::join_all(all).await;
     server.await.unwrap();
+    eprintln!("{} kB resident after 100 connections at once", agent.resident());
     assert!(agent.resident() < 32 << 10, "{} kB resident", agent.resident());
 }
 

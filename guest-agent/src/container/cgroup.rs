@@ -22,6 +22,8 @@ use crate::error::Coded;
 const PARENT: &str = "chsnap";
 /// What the agent wants of the kernel's controllers.
 const CONTROLLERS: [&str; 4] = ["cpu", "memory", "pids", "io"];
+/// Seconds in which processes must be gone after SIGKILL. One that hangs in the kernel is not.
+pub(super) const PATIENCE: u64 = 10;
 /// A container may make cgroups of its own; how many of them are looked into.
 const MAX_CGROUPS: usize = 4096;
 
@@ -194,7 +196,6 @@ impl Cgroup {
     /// # Errors
     /// If something survives.
     pub async fn remove(&self) -> Result<(), CgroupError> {
-        const PATIENCE: u64 = 10;
         const STEP: Duration = Duration::from_millis(2);
         self.kill()?;
         let mut waited = Duration::ZERO;

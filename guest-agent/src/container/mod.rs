@@ -18,6 +18,7 @@ use std::{
     io,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use ttrpc::Code;
@@ -174,7 +175,8 @@ impl Containers {
         container.cgroup.kill()?;
         // Of a container that was started, its process is reaped before anything is taken away.
         if container.init.child().is_some() {
-            container.init.wait().await?;
+            let end = tokio::time::timeout(Duration::from_secs(cgroup::PATIENCE), container.init.wait()).await;
+            end.map_err(|_| CgroupError::Alive(cgroup::PATIENCE))??;
         }
         container.cgroup.remove().await?;
         container.init.close_streams(&self.streams);
