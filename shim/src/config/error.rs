@@ -104,7 +104,11 @@ pub enum ShapeError {
         limited_by: &'static str,
     },
     /// Too much memory.
-    #[error("{asked_by} asks for a guest with {asked} of memory, but {limited_by} allows {allowed}")]
+    #[error(
+        "{asked_by} asks for a guest with {}MiB of memory, but {limited_by} allows {}MiB",
+        asked.as_mib(),
+        allowed.as_bytes() >> 20
+    )]
     Memory {
         /// What was asked for, with the guest's overhead.
         asked: Size,

@@ -178,7 +178,7 @@ mod tests {
         assert_eq!(
             shape(&none, Some(&limits(-1, 1, 4096 << 20))).unwrap_err(),
             "the memory limit of 4GiB with guest.memory_overhead = 64MiB asks for a guest with 4160MiB of memory, but \
-             the host's memory allows 4GiB"
+             the host's memory allows 4096MiB"
         );
         assert!(shape(&none, Some(&limits(-1, 1, i64::MAX))).is_err());
         let mut config = Config::default();
@@ -186,7 +186,7 @@ mod tests {
         let asked = Overrides { memory: Some(Size::mib(2048)), ..none };
         assert_eq!(
             Shape::on(HOST, &config, &asked, None).unwrap_err().to_string(),
-            "the annotation io.chsnap.memory asks for a guest with 2GiB of memory, but guest.max_memory allows 1GiB"
+            "the annotation io.chsnap.memory asks for a guest with 2048MiB of memory, but guest.max_memory allows 1024MiB"
         );
     }
 
