@@ -59,7 +59,7 @@ pub struct GuestConfig {
     pub default_vcpus: u32,
     /// Memory of a container that asks for none.
     pub default_memory: Size,
-    /// What the guest itself needs, added to a container's memory limit.
+    /// What the guest itself needs, added to a container's memory limit together with a 64th of the limit.
     pub memory_overhead: Size,
     /// Most vCPUs a container gets; 0 is the number of host CPUs.
     pub max_vcpus: u32,
@@ -82,7 +82,7 @@ impl Default for GuestConfig {
             cmdline: String::new(),
             default_vcpus: 1,
             default_memory: Size::mib(512),
-            memory_overhead: Size::mib(64),
+            memory_overhead: Size::mib(80),
             max_vcpus: 0,
             max_memory: Size::ZERO,
         }

@@ -114,7 +114,7 @@ fn memory(
     let (asked, asked_by) = match (overrides.memory, limit) {
         (Some(memory), _) => (memory, format!("the annotation {}", Annotations::MEMORY)),
         (None, Some(limit)) => (
-            limit.saturating_add(guest.memory_overhead).max(MIN_MEMORY),
+            with_overhead(limit, guest.memory_overhead).max(MIN_MEMORY),
             format!("the memory limit of {limit} with guest.memory_overhead = {}", guest.memory_overhead),
         ),
         (None, None) => (guest.default_memory, "guest.default_memory".into()),
@@ -127,6 +127,12 @@ fn memory(
         return Err(ShapeError::Memory { asked, asked_by, allowed, limited_by });
     }
     Ok(asked)
+}
+
+/// So much that a container reaches its own limit before its guest runs out: the kernel keeps a 64th of all memory to
+/// describe the pages, besides what it always needs.
+fn with_overhead(limit: Size, overhead: Size) -> Size {
+    limit.saturating_add(Size::bytes(limit.as_bytes() / 64)).saturating_add(overhead)
 }
 
 #[cfg(test)]
@@ -155,8 +161,8 @@ mod tests {
     fn annotation_before_limits_before_default() {
         let none = Overrides::default();
         assert_eq!(shape(&none, None), Ok((1, 512)));
-        assert_eq!(shape(&none, Some(&limits(150_000, 100_000, 256 << 20))), Ok((2, 320)));
-        assert_eq!(shape(&none, Some(&limits(50_000, 0, (256 << 20) + 1))), Ok((1, 321)));
+        assert_eq!(shape(&none, Some(&limits(150_000, 100_000, 256 << 20))), Ok((2, 256 + 4 + 80)));
+        assert_eq!(shape(&none, Some(&limits(50_000, 0, (256 << 20) + 1))), Ok((1, 256 + 4 + 80 + 1)));
         // -1 is "no limit".
         assert_eq!(shape(&none, Some(&limits(-1, 100_000, -1))), Ok((1, 512)));
         let both = Overrides { vcpus: Some(3), memory: Some(Size::mib(100)), ..none };
@@ -177,7 +183,7 @@ mod tests {
         );
         assert_eq!(
             shape(&none, Some(&limits(-1, 1, 4096 << 20))).unwrap_err(),
-            "the memory limit of 4GiB with guest.memory_overhead = 64MiB asks for a guest with 4160MiB of memory, but \
+            "the memory limit of 4GiB with guest.memory_overhead = 80MiB asks for a guest with 4240MiB of memory, but \
              the host's memory allows 4096MiB"
         );
         assert!(shape(&none, Some(&limits(-1, 1, i64::MAX))).is_err());
