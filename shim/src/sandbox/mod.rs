@@ -15,11 +15,14 @@ use tokio::{
 
 mod error;
 mod expose;
+mod machine;
 mod phases;
 mod plan;
 
 pub use error::{ContainerError, StartError};
 pub use expose::{ExposeError, Exposed};
+pub(crate) use machine::settled;
+use machine::{boot, meet_agent, watch_over};
 pub use phases::Phases;
 pub use plan::{Plan, PlanError};
 
@@ -28,7 +31,7 @@ use crate::{
     cgroup::Cgroup,
     config::{Config, Overrides, Shape},
     share::{self, Content, RootMount, Share, Virtiofsd},
-    vmm::{self, Driver, Vm, VmExit, VmSpec},
+    vmm::{self, Vm, VmSpec},
 };
 
 /// What a pod's machine is made from.
@@ -336,91 +339,4 @@ fn add_root(share: &Share, new: &NewContainer<'_>) -> Result<(), crate::share::S
         readonly: plan.readonly,
     };
     share.add_container(new.id, &content)
-}
-
-/// Starts the machine. A virtiofsd that ended is the better explanation for a VMM that failed.
-async fn boot(driver: &dyn Driver, spec: &VmSpec, virtiofsd: &mut Virtiofsd) -> Result<Box<dyn Vm>, StartError> {
-    match driver.boot(spec).await {
-        Ok(vm) => Ok(vm),
-        Err(e) => match timeout(Duration::from_millis(100), virtiofsd.ended()).await {
-            Ok(how) => Err(StartError::VirtiofsdEnded(how)),
-            Err(_) => Err(e.into()),
-        },
-    }
-}
-
-/// Waits for the agent, for as long as machine and virtiofsd live and the deadline allows.
-async fn meet_agent(
-    vm: &dyn Vm,
-    virtiofsd: &mut Virtiofsd,
-    config: &Config,
-) -> Result<(Agent, InfoResponse), StartError> {
-    let deadline = config.deadlines.boot.duration();
-    let (mut exited, mut exited_too) = (vm.exited(), vm.exited());
-    let met = async {
-        let channel = vm.channel().await?;
-        Ok(Agent::open(channel, config.deadlines.agent_call.duration()).await?)
-    };
-    tokio::select! {
-        // In this order: a dead machine explains a broken channel, not the other way round.
-        biased;
-        exit = settled(&mut exited) => {
-            match timeout(Duration::from_millis(50), virtiofsd.ended()).await {
-                Ok(how) => Err(StartError::VirtiofsdEnded(how)),
-                Err(_) => Err(StartError::Died { how: exit.as_ref().map(describe).unwrap_or_default() }),
-            }
-        }
-        how = virtiofsd.ended() => Err(StartError::VirtiofsdEnded(how)),
-        met = timeout(deadline, met) => match met {
-            Ok(Ok(met)) => Ok(met),
-            Ok(Err(e)) => {
-                // The channel breaks a moment before the VMM is reaped.
-                match timeout(Duration::from_millis(500), settled(&mut exited_too)).await.ok().flatten() {
-                    Some(exit) => Err(StartError::Died { how: describe(&exit) }),
-                    None => Err(e),
-                }
-            }
-            Err(_) => Err(StartError::NoAgent { seconds: deadline.as_secs_f32(), console: vm.console() }),
-        },
-    }
-}
-
-/// Keeps virtiofsd, and says why the pod is no more, whichever of the two ends first.
-fn watch_over(
-    mut virtiofsd: Virtiofsd,
-    mut exited: watch::Receiver<Option<VmExit>>,
-) -> (AbortHandle, watch::Receiver<Option<String>>) {
-    let (tell, gone) = watch::channel(None);
-    let task = tokio::spawn(async move {
-        let why = tokio::select! {
-            // virtiofsd ends by itself when its VMM does; one that ended before was the cause.
-            exit = settled(&mut exited) => exit.as_ref().map(describe).unwrap_or_default(),
-            how = virtiofsd.ended() => format!("virtiofsd ended: {how}"),
-        };
-        virtiofsd.kill().await;
-        tell.send_replace(Some(why));
-    });
-    (task.abort_handle(), gone)
-}
-
-/// Waits for what is told once; `None` where nobody is left to tell it.
-pub(crate) async fn settled<T: Clone>(told: &mut watch::Receiver<Option<T>>) -> Option<T> {
-    told.wait_for(Option::is_some).await.ok().and_then(|value| value.clone())
-}
-
-/// Why a machine is gone, with the lines that explain it.
-fn describe(exit: &VmExit) -> String {
-    let mut text = if exit.by_guest {
-        format!("the guest stopped ({})", exit.status)
-    } else {
-        format!("the VMM ended ({})", exit.status)
-    };
-    for (what, tail) in [("VMM", &exit.stderr), ("guest console", &exit.console)] {
-        let last: Vec<&str> = tail.lines().filter(|l| !l.trim().is_empty()).collect();
-        let last = &last[last.len().saturating_sub(8)..];
-        if !last.is_empty() {
-            text.push_str(&format!("; {what}: {}", last.join(" | ")));
-        }
-    }
-    text
 }

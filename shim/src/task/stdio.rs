@@ -147,12 +147,7 @@ impl Relays {
     ///
     /// # Errors
     /// Where the stdin fifo cannot be opened.
-    pub async fn start(
-        &self,
-        agent: &Agent,
-        local: Local,
-        streams: &CreateProcessResponse,
-    ) -> Result<(), StdioError> {
+    pub async fn start(&self, agent: &Agent, local: Local, streams: &CreateProcessResponse) -> Result<(), StdioError> {
         let outputs = [(local.stdout, streams.stdout_stream), (local.stderr, streams.stderr_stream)];
         for (sink, stream) in outputs {
             let Some(mut sink) = sink.filter(|_| stream != 0) else { continue };

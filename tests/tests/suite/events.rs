@@ -91,7 +91,8 @@ fn in_order(env: &Env) -> Result<()> {
     ensure!(seen[..expected.len().min(seen.len())] == expected, "{seen:?}");
     // The second exec and the container it ended may end in any order.
     ensure!(seen.len() == 10 && seen[7..] == ["/tasks/exit", "/tasks/exit", "/tasks/delete"], "{seen:?}");
-    let (create, start, exec, delete) = (&events[0].content, &events[1].content, &events[4].content, &events[9].content);
+    let (create, start, exec, delete) =
+        (&events[0].content, &events[1].content, &events[4].content, &events[9].content);
     ensure!(create["pid"].as_u64().is_some_and(|p| p > 0) && create["pid"] == start["pid"], "{events:?}");
     ensure!(create["bundle"].as_str().is_some_and(|b| b.ends_with(&id)), "{create}");
     ensure!(exec["id"] == "look" && exec["exit_status"] == 3, "{exec}");
