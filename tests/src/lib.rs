@@ -22,6 +22,6 @@ pub use leak::Baseline;
 pub use pod::{Container, Env, IMAGE, Started, Vmm};
 pub use proc::{Process, kill, marked, rss_kib};
 pub use pty::Pty;
-pub use run::{Output, Run, Running, eventually};
+pub use run::{Output, Run, Running, eventually, patience};
 pub use settings::Settings;
 pub use tools::Tools;

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::{Containerd, Ctr, Output, Process, Run, Settings, Tools, proc};
+use crate::{Containerd, Ctr, Output, Process, Run, Settings, Tools, patience, proc};
 
 /// The demo image.
 pub const IMAGE: &str = "localhost/chsnap/python-demo:latest";
@@ -79,8 +79,12 @@ impl Env {
     #[must_use]
     pub fn settings(&self) -> Settings {
         let tools = Tools::get();
+        let accelerator = std::env::var("CHSNAP_TEST_ACCELERATOR").unwrap_or_else(|_| "auto".into());
         let settings = Settings::default()
             .set("vmm", "choice", format!("\"{}\"", self.vmm))
+            .set("vmm", "accelerator", format!("\"{accelerator}\""))
+            .set("deadlines", "boot", (60 * patience()).to_string())
+            .set("deadlines", "agent_call", (10 * patience()).to_string())
             .path("vmm", "qemu", &tools.qemu)
             .path("guest", "kernel", &tools.kernel)
             .path("guest", "initramfs", &tools.initramfs)

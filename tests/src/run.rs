@@ -5,15 +5,26 @@ use std::{
     fs::File,
     io::{Read, Write},
     process::{Child, Command, ExitStatus, Stdio},
+    sync::OnceLock,
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
 
+/// How many times longer than elsewhere everything may take: `CHSNAP_TEST_PATIENCE`, for emulated machines.
+#[must_use]
+pub fn patience() -> u32 {
+    static PATIENCE: OnceLock<u32> = OnceLock::new();
+    *PATIENCE.get_or_init(|| {
+        let value = std::env::var("CHSNAP_TEST_PATIENCE").ok();
+        value.and_then(|v| v.parse().ok()).filter(|n| *n > 0).unwrap_or(1)
+    })
+}
+
 /// Calls `done` until it answers with something, at most for `limit`.
 pub fn eventually<T>(limit: Duration, mut done: impl FnMut() -> Option<T>) -> Option<T> {
-    let start = Instant::now();
+    let (start, limit) = (Instant::now(), limit * patience());
     loop {
         if let Some(value) = done() {
             return Some(value);
@@ -110,7 +121,7 @@ impl Run {
             thread::spawn(move || pipe.write_all(&bytes));
         }
         let stderr = child.stderr.take().map(collect);
-        Ok(Running { child, stderr, started: Instant::now(), limit: self.limit, what })
+        Ok(Running { child, stderr, started: Instant::now(), limit: self.limit * patience(), what })
     }
 
     /// Runs it to its end.
