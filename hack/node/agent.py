@@ -36,8 +36,12 @@ class Gone(Exception):
 
 
 class Port:
-    def __init__(self, path):
-        self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    def __init__(self, fd):
+        self.fd = fd
+
+    @classmethod
+    def open(cls, path):
+        return cls(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
 
     def send(self, kind, data=b""):
         for at in range(0, max(1, len(data)), wire.LIMIT):
@@ -52,6 +56,8 @@ class Port:
                 poll.register(self.fd, select.POLLOUT)
                 if any(events & select.POLLHUP for _, events in poll.poll(1000)):
                     raise Gone from None
+            except OSError:
+                raise Gone from None
 
     def read(self):
         """What has come; nothing when nothing has, Gone when no client is there."""
@@ -59,6 +65,8 @@ class Port:
             data = os.read(self.fd, 65536)
         except BlockingIOError:
             return b""
+        except OSError:
+            raise Gone from None
         if not data:
             raise Gone
         return data
@@ -155,18 +163,22 @@ class Command:
 
 
 class Server:
-    def __init__(self, path):
-        self.port = Port(path)
+    def __init__(self, port):
+        self.port = port
         self.frames = wire.Frames(wire.TO_NODE, wire.frame(wire.HELLO, wire.MAGIC + bytes(16))[: 5 + len(wire.MAGIC)])
         self.command = None
 
     def serve(self):
+        idle = 0
         while True:
             try:
                 self.turn()
+                idle = 0
             except (Gone, wire.Garbled):
                 self.end()
-                time.sleep(0.1)
+                # A port without a client has no event to wait for, and looking is not free here.
+                idle = min(idle + 1, 10)
+                time.sleep(idle * 0.05)
             except Exception as e:  # a fault of one command must not take the port with it
                 self.end()
                 try:
@@ -249,7 +261,7 @@ def main():
     if child == 0:
         os.setsid()
         for path in ports():
-            threading.Thread(target=Server(path).serve).start()
+            threading.Thread(target=Server(Port.open(path)).serve).start()
         return
     while os.wait()[0] != child:
         pass
