@@ -9,7 +9,9 @@ help:
 	@echo 'make test       set up, build, run every test'
 	@echo 'make check      format, lints, licences, shell scripts'
 	@echo 'make bench      measure; writes target/bench.json'
-	@echo 'make build      shim, chsnap, agent and guest'
+	@echo 'make build      shim, chsnap, agent and guest; ARCH=arm64 for the other architecture'
+	@echo 'make node       a shell in an emulated machine with KVM; ARCH=amd64|arm64 CPU=model RUN=command'
+	@echo 'make test-node  the integration tests in it, on real KVM; ARCH=amd64|arm64'
 	@echo 'make install    DESTDIR= PREFIX=/usr/local'
 	@echo 'make clean      remove everything that was made'
 

@@ -39,6 +39,7 @@ check format cargo fmt --all --check
 check clippy cargo clippy --locked --workspace --all-targets -- -D warnings
 check dependencies dependencies
 check shell shell_scripts
+check "the node's transport" python3 hack/node/selftest.py
 check "the other architecture" other_arch
 [ ${#failed[@]} -eq 0 ] || die "failed: $(printf '%s; ' "${failed[@]}")"
 say "all checks passed"
