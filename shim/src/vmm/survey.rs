@@ -23,8 +23,8 @@ use crate::{
 
 /// Where findings are kept.
 pub const MEMORY: &str = "/run/chsnap/host.json";
-/// For a program to tell its version.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// For a program to tell its version. QEMU loads a hundred libraries first, which took 26 s on an emulated machine.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A VMM's program.
 #[derive(Debug, Clone, Serialize)]
