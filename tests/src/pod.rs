@@ -112,7 +112,7 @@ impl Env {
     /// `chsnap` with this case's configuration.
     pub fn chsnap<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<Run> {
         let config = self.settings().write(&self.dir)?;
-        Ok(Run::new(Tools::get().bin.join("chsnap")).arg("--config").arg(config).args(args))
+        Ok(Run::new(Tools::get().bin.join("chsnap")).args(args).arg("--config").arg(config))
     }
 
     /// The processes of this containerd's containers whose program's name contains `name`.

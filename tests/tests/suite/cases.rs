@@ -24,7 +24,26 @@ pub struct Case {
     /// Where it runs.
     pub scope: Scope,
     /// What it does.
-    pub run: fn(&Env) -> Result<()>,
+    pub body: Body,
+}
+
+/// What a case does.
+#[derive(Debug, Clone, Copy)]
+pub enum Body {
+    /// Something that works.
+    Works(fn(&Env) -> Result<()>),
+    /// Something that fails with the message of the case's row in `docs/errors.md`.
+    Fails(fn(&Env) -> Result<String>),
+}
+
+impl Case {
+    /// Does it.
+    pub fn run(&self, env: &Env) -> Result<()> {
+        match self.body {
+            Body::Works(run) => run(env),
+            Body::Fails(provoke) => crate::errors::check(self.name, &provoke(env)?),
+        }
+    }
 }
 
 /// Makes a topic's list: functions with the scope they run in.
@@ -33,8 +52,27 @@ macro_rules! cases {
     ($($scope:ident: $($name:ident),* $(,)?;)*) => {
         /// The cases of this topic.
         pub const CASES: &[$crate::cases::Case] = &[$($(
-            $crate::cases::Case { name: stringify!($name), scope: $crate::cases::Scope::$scope, run: $name },
+            $crate::cases::Case {
+                name: stringify!($name),
+                scope: $crate::cases::Scope::$scope,
+                body: $crate::cases::Body::Works($name),
+            },
         )*)*];
+    };
+}
+
+/// Makes the list of errors.
+#[macro_export]
+macro_rules! errors {
+    ($($name:ident),* $(,)?) => {
+        /// One case for each row of the table.
+        pub const CASES: &[$crate::cases::Case] = &[$(
+            $crate::cases::Case {
+                name: stringify!($name),
+                scope: $crate::cases::Scope::Once,
+                body: $crate::cases::Body::Fails($name),
+            },
+        )*];
     };
 }
 

@@ -61,7 +61,8 @@ fn clean_up_on_signals() {
 }
 
 fn trials() -> Vec<Trial> {
-    let mut trials = Vec::new();
+    let complete = || errors::complete().map_err(|e| Failed::from(format!("{e:#}")));
+    let mut trials = vec![Trial::test("errors::every_row_has_a_case", complete)];
     let reference = std::env::var_os("CHSNAP_TEST_REFERENCE").is_some();
     for vmm in [Vmm::Qemu, Vmm::CloudHypervisor, Vmm::Runc] {
         let why_not = match vmm {
@@ -113,7 +114,7 @@ fn run(vmm: Vmm, version: Version, case: Case) -> Result<(), Failed> {
     let daemon = Containerd::of(version).map_err(|e| format!("{e:#}"))?;
     let env = Env::new(daemon.clone(), vmm).map_err(|e| format!("{e:#}"))?;
     let baseline = Baseline::take(&daemon);
-    let result = catch_unwind(AssertUnwindSafe(|| (case.run)(&env)));
+    let result = catch_unwind(AssertUnwindSafe(|| case.run(&env)));
     let left = baseline.leftovers(&daemon);
     if !left.is_empty() {
         daemon.purge();

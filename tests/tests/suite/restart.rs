@@ -1,1 +1,83 @@
-crate::cases! {}
+//! containerd goes and comes back, and the shim is killed.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use chsnap_tests::{Env, eventually, kill};
+use nix::sys::signal::Signal;
+
+crate::cases! {
+    Everywhere: containerd_restarts;
+    Vms: ended_while_containerd_was_away, shim_killed, shim_terminated;
+}
+
+fn containerd_restarts(env: &Env) -> Result<()> {
+    let started = env.container().sh("trap 'exit 6' TERM; echo up; while :; do sleep 0.1; done").start()?;
+    started.wait_log("up")?;
+    env.daemon.terminate()?;
+    env.daemon.start()?;
+    let ctr = env.ctr();
+    ctr.wait_status(&started.id, "RUNNING")?;
+    ensure!(started.sh("echo answers")? == "answers");
+    started.kill("SIGTERM")?.success()?;
+    ctr.wait_status(&started.id, "STOPPED")?;
+    let removed = ctr.output(["task", "rm", &started.id])?;
+    ensure!(removed.code == 6 || removed.stderr.contains("exit code 6"), "{}", removed.whole());
+    ctr.text(["container", "rm", &started.id])?;
+    started.forget();
+    Ok(())
+}
+
+fn ended_while_containerd_was_away(env: &Env) -> Result<()> {
+    let started = env.container().sh("echo up; sleep 2; exit 4").start()?;
+    started.wait_log("up")?;
+    env.daemon.terminate()?;
+    std::thread::sleep(Duration::from_secs(4));
+    env.daemon.start()?;
+    env.ctr().wait_status(&started.id, "STOPPED")?;
+    let removed = env.ctr().output(["task", "rm", &started.id])?;
+    ensure!(removed.code == 4 || removed.stderr.contains("exit code 4"), "{}", removed.whole());
+    env.ctr().text(["container", "rm", &started.id])?;
+    started.forget();
+    Ok(())
+}
+
+/// Nothing outlives a shim, however it goes.
+fn nothing_is_left(env: &Env) -> Result<()> {
+    let names = ["containerd-shim", env.vmm_name(), "virtiofsd"];
+    let left = || names.iter().flat_map(|n| env.processes(n)).collect::<Vec<_>>();
+    let gone = eventually(Duration::from_secs(15), || left().is_empty().then_some(()));
+    ensure!(gone.is_some(), "still there: {:?}", left());
+    Ok(())
+}
+
+fn shim_killed(env: &Env) -> Result<()> {
+    let container = env.container().annotation("io.chsnap.expose", "8080").sh("echo up; sleep 1000");
+    let started = container.start()?;
+    started.wait_log("up")?;
+    kill(env.process("containerd-shim-chsnap")?.pid, Signal::SIGKILL)?;
+    nothing_is_left(env)?;
+    // containerd notices by itself and has the rest cleaned up.
+    let pod = started.pod_dir();
+    let clean = eventually(Duration::from_secs(10), || (!pod.exists()).then_some(()));
+    ensure!(clean.is_some(), "{} is still there", pod.display());
+    env.ctr().output(["task", "rm", "-f", &started.id])?;
+    ensure!(env.ctr().status(&started.id)?.is_none());
+    env.ctr().text(["container", "rm", &started.id])?;
+    started.forget();
+    // The name can be used again.
+    let output = env.container().command(["echo", "again"]).output()?.success()?;
+    ensure!(output.text() == "again\n");
+    Ok(())
+}
+
+fn shim_terminated(env: &Env) -> Result<()> {
+    let started = env.container().sh("echo up; sleep 1000").start()?;
+    started.wait_log("up")?;
+    kill(env.process("containerd-shim-chsnap")?.pid, Signal::SIGTERM)?;
+    nothing_is_left(env)?;
+    env.ctr().output(["task", "rm", "-f", &started.id])?;
+    env.ctr().text(["container", "rm", &started.id])?;
+    started.forget();
+    Ok(())
+}
