@@ -6,7 +6,10 @@
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     process::ExitCode,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use chsnap_tests::{Baseline, Containerd, Env, Tools, Version, Vmm, stop_all, sweep};
@@ -31,8 +34,12 @@ use cases::{Case, Scope};
 /// One case at a time, whatever `--test-threads` says: each looks for what it left on the machine.
 static ONE: Mutex<()> = Mutex::new(());
 
+/// With `--nocapture`, a failure is told when it happens, and not only at the end.
+static AT_ONCE: AtomicBool = AtomicBool::new(false);
+
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
+    AT_ONCE.store(arguments.nocapture, Ordering::Relaxed);
     arguments.test_threads = Some(1);
     if !arguments.list {
         Tools::get();
@@ -136,5 +143,9 @@ fn run(vmm: Vmm, version: Version, case: Case) -> Result<(), Failed> {
         return Ok(());
     }
     complaints.push(format!("containerd's log ends with\n{}", daemon.log_tail(15)));
-    Err(complaints.join("\n").into())
+    let text = complaints.join("\n");
+    if AT_ONCE.load(Ordering::Relaxed) {
+        println!("\n{text}");
+    }
+    Err(text.into())
 }
