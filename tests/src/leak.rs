@@ -6,10 +6,13 @@ use std::{
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::Command,
+    sync::PoisonError,
     time::Duration,
 };
 
-use crate::{Containerd, eventually, proc};
+use sha2::{Digest, Sha256};
+
+use crate::{Containerd, eventually, pod::IDS, proc};
 
 const SHIM_SOCKETS: &str = "/run/containerd/s";
 const NETWORK_NAMESPACES: [&str; 2] = ["/run/netns", "/var/run/netns"];
@@ -54,7 +57,7 @@ fn look(containerd: &Containerd) -> BTreeSet<String> {
     for dir in dirs.iter().chain([&containerd.root.join("root").join(&bundles)]) {
         all.extend(children(dir).into_iter().map(|p| format!("file {}", p.display())));
     }
-    all.extend(dead_sockets());
+    all.extend(sockets(containerd));
     for dir in cgroup_dirs(&containerd.namespace) {
         all.extend(children(&dir).into_iter().filter(|p| p.is_dir()).map(|p| format!("cgroup {}", p.display())));
     }
@@ -103,12 +106,17 @@ fn foreign_mounts(dir: &Path) -> Vec<String> {
     found
 }
 
-/// Sockets of shims on which nobody listens any more.
-fn dead_sockets() -> Vec<String> {
-    let listening = fs::read_to_string("/proc/net/unix").unwrap_or_default();
-    let files = children(Path::new(SHIM_SOCKETS));
-    let dead = files.into_iter().filter(|p| !listening.contains(&p.display().to_string()));
-    dead.map(|p| format!("socket {}", p.display())).collect()
+/// Sockets of our containers' shims. Those of others come and go beside us.
+fn sockets(containerd: &Containerd) -> Vec<String> {
+    let ids = IDS.lock().unwrap_or_else(PoisonError::into_inner);
+    let names = ids.iter().map(|id| {
+        // The name that containerd and its shims agree on.
+        let hashed = containerd.run.join("c.sock").join(&containerd.namespace).join(id);
+        let digest = Sha256::digest(hashed.as_os_str().as_encoded_bytes());
+        digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>()
+    });
+    let paths = names.map(|name| Path::new(SHIM_SOCKETS).join(name));
+    paths.filter(|p| p.exists()).map(|p| format!("socket {}", p.display())).collect()
 }
 
 fn children(dir: &Path) -> Vec<PathBuf> {

@@ -1,11 +1,12 @@
 //! Containers under test.
 
 use std::{
+    collections::BTreeSet,
     ffi::{OsStr, OsString},
     fmt, fs,
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
     time::Duration,
@@ -54,6 +55,9 @@ pub struct Env {
 }
 
 static NUMBER: AtomicU32 = AtomicU32::new(1);
+
+/// The names of all containers so far.
+pub(crate) static IDS: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
 impl Env {
     /// A case's surroundings.
@@ -214,6 +218,7 @@ impl<'a> Container<'a> {
 
     /// `verb` (`run`, `container create`) with everything that describes the container.
     pub fn ctr(&self, verb: &[&str], flags: &[&str], wrapper: Option<&[&str]>) -> Result<Run> {
+        IDS.lock().unwrap_or_else(PoisonError::into_inner).insert(self.id.clone());
         let mut run = self.env.ctr().under(wrapper).args(verb).args(flags);
         run = match self.env.vmm {
             Vmm::Runc => run.args(["--runtime", "io.containerd.runc.v2"]),

@@ -59,6 +59,8 @@ pub struct Process {
     pub streams: CreateProcessResponse,
     /// What copies between the two.
     pub relays: Relays,
+    /// Held by whoever moves it on from "created": a signal must not overtake a start that is under way.
+    pub turn: Mutex<()>,
     /// The local ends until the start.
     local: Mutex<Option<Local>>,
     life: watch::Sender<Life>,
@@ -88,6 +90,7 @@ impl Process {
             paths,
             streams,
             relays: Relays::default(),
+            turn: Mutex::default(),
             local: Mutex::new(Some(local)),
             life: watch::Sender::new(Life::Created),
             pid: watch::Sender::new(pid),
@@ -118,7 +121,13 @@ impl Process {
 
     /// Its program runs.
     pub fn running(&self) {
-        self.life.send_replace(Life::Running);
+        self.life.send_if_modified(|life| {
+            let created = *life == Life::Created;
+            if created {
+                *life = Life::Running;
+            }
+            created
+        });
     }
 
     /// It has ended. True the first time: an exit is told once.

@@ -31,6 +31,7 @@ fn what(process: &Process) -> (&'static str, String) {
 
 impl Service {
     pub(super) async fn start_process(&self, process: &Arc<Process>) -> Result<u32, TaskError> {
+        let _turn = process.turn.lock().await;
         let (what, id) = what(process);
         let not_created = |state| TaskError::State { what, id: id.clone(), state };
         match process.life() {
@@ -104,6 +105,7 @@ impl Service {
     }
 
     pub(super) async fn kill_process(&self, process: &Arc<Process>, signal: u32, all: bool) -> Result<(), TaskError> {
+        let turn = process.turn.lock().await;
         match process.life() {
             Life::Stopped(_) => return Err(TaskError::Finished),
             Life::Created => {
@@ -114,7 +116,7 @@ impl Service {
                 }
                 return Ok(());
             }
-            Life::Running => {}
+            Life::Running => drop(turn),
         }
         let sandbox = self.machine().await?;
         match sandbox.agent().signal(&process.container, &process.exec, signal, all).await {
@@ -133,6 +135,7 @@ impl Service {
     /// Forgets an exec.
     pub(super) async fn delete_exec(&self, container: &Container, exec: &str) -> Result<Arc<Process>, TaskError> {
         let process = self.process(&container.id, exec).await?;
+        let turn = process.turn.lock().await;
         if process.life() == Life::Running {
             return Err(TaskError::State { what: "exec", id: exec.into(), state: "is still running" });
         }
@@ -144,11 +147,13 @@ impl Service {
             log::debug!("exec {exec}: {e}");
         }
         container.execs.lock().await.remove(exec);
+        drop(turn);
         Ok(process)
     }
 
     /// Forgets a container; the machine ends with the last one.
     pub(super) async fn delete_container(&self, container: &Container) -> Result<(), TaskError> {
+        let _turn = container.init.turn.lock().await;
         if container.init.life() == Life::Running {
             return Err(TaskError::State { what: "container", id: container.id.clone(), state: "is still running" });
         }

@@ -120,14 +120,12 @@ fn nobody_listens(env: &Env) -> Result<()> {
     let _ = stream.read_to_end(&mut answer);
     ensure!(answer.is_empty(), "{answer:?}");
     // Once somebody does, it works.
-    let mut server = started.exec(["python3", "-m", "http.server", "--bind", "127.0.0.1", "8080"]).start()?;
-    let served = eventually(Duration::from_secs(20), || get(&socket, "/etc/issue").ok().filter(|(s, _)| *s == 200));
+    let server = started.exec_with(&["--exec-id", "server"], ["python3", "/app/app.py"]).start()?;
+    let served = eventually(Duration::from_secs(20), || get(&socket, "/healthz").ok().filter(|(s, _)| *s == 200));
     ensure!(served.is_some(), "no answer from a server that came later");
-    let _ = server.child.kill();
-    drop(server);
-    started.remove()?;
-    chsnap_tests::Run::new("find").arg(env.daemon.run.join("fifo")).args(["-mindepth", "1", "-delete"]).text()?;
-    Ok(())
+    env.ctr().text(["task", "kill", "--exec-id", "server", &started.id])?;
+    server.output()?.success()?;
+    started.remove()
 }
 
 fn large_bodies(env: &Env) -> Result<()> {

@@ -1,8 +1,9 @@
 //! The root file system stays on the host.
 
 use std::{
-    fs,
+    fs::{self, Metadata},
     os::unix::fs::{MetadataExt, PermissionsExt},
+    path::Path,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -37,26 +38,31 @@ rm /usr/share/doc/base-passwd/README && echo changed >> /etc/issue
 sync
 ";
 
+fn meta(path: impl AsRef<Path>) -> Result<Metadata> {
+    let path = path.as_ref();
+    fs::symlink_metadata(path).with_context(|| path.display().to_string())
+}
+
 fn in_the_snapshot(env: &Env) -> Result<()> {
     let started = env.container().sh("sleep 1000").start()?;
     started.sh(OPERATIONS)?;
     let upper = started.upper("overlayfs")?;
     let work = upper.join("work");
     let look = || -> Result<()> {
-        let plain = fs::metadata(work.join("plain"))?;
+        let plain = meta(work.join("plain"))?;
         ensure!((plain.uid(), plain.gid(), plain.mode() & 0o7777) == (1234, 5678, 0o640), "{plain:?}");
-        ensure!(plain.nlink() == 2 && plain.ino() == fs::metadata(work.join("hard"))?.ino(), "{plain:?}");
+        ensure!(plain.nlink() == 2 && plain.ino() == meta(work.join("hard"))?.ino(), "{plain:?}");
         ensure!(fs::read_to_string(work.join("plain"))? == "written\n");
         ensure!(fs::read_link(work.join("soft"))?.as_os_str() == "plain");
         ensure!(fs::read_to_string(work.join("sub/after"))? == "moved\n" && !work.join("before").exists());
-        ensure!(fs::metadata(work.join("sub/after"))?.mode() & 0o7777 == 0o4755);
+        ensure!(meta(work.join("sub/after"))?.mode() & 0o7777 == 0o4755);
         ensure!(!work.join("gone").exists() && work.join("name with ünï").is_file());
-        let sparse = fs::metadata(work.join("sparse"))?;
+        let sparse = meta(work.join("sparse"))?;
         ensure!(sparse.len() == 100 << 20 && sparse.blocks() * 512 < 1 << 20, "not sparse: {} blocks", sparse.blocks());
-        ensure!(fs::metadata(work.join("sticky"))?.permissions().mode() & 0o7777 == 0o1777);
-        ensure!(fs::metadata(work.join("old"))?.mtime() == 981_173_106);
+        ensure!(meta(work.join("sticky"))?.permissions().mode() & 0o7777 == 0o1777);
+        ensure!(meta(work.join("old"))?.mtime() == 981_173_106);
         ensure!(&fs::read(work.join("mapped"))?[4096..4102] == b"mapped");
-        let whiteout = fs::symlink_metadata(upper.join("usr/share/doc/base-passwd/README"))?;
+        let whiteout = meta(upper.join("usr/share/doc/base-passwd/README"))?;
         ensure!(whiteout.rdev() == 0 && whiteout.mode() & 0o170_000 == 0o020_000, "no whiteout: {whiteout:?}");
         ensure!(fs::read_to_string(upper.join("etc/issue"))?.ends_with("changed\n"));
         Ok(())

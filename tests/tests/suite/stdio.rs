@@ -101,11 +101,13 @@ fn reader_goes(env: &Env) -> Result<()> {
     let started = env.container().sh("sleep 1000").start()?;
     let mut running =
         started.exec_with(&["--exec-id", "chatty"], ["sh", "-c", "while echo chat; do :; done"]).start()?;
-    let mut first = [0; 5];
-    running.child.stdout.take().context("no stdout")?.read_exact(&mut first)?;
-    // The client has its answer to Start by then.
+    let mut stdout = running.child.stdout.take().context("no stdout")?;
+    stdout.read_exact(&mut [0; 5])?;
+    // By then, the client has its answer to Start.
     sleep(Duration::from_millis(500));
+    // Killed before its output is closed: of that, it would tell the process with a signal.
     drop(running);
+    drop(stdout);
     ensure!(started.sh("echo well")? == "well");
     let kill = ["task", "kill", "-s", "SIGKILL", "--exec-id", "chatty", &started.id];
     env.ctr().text(kill)?;
