@@ -21,6 +21,7 @@ mod stdio;
 pub use error::{TaskError, chain};
 pub use events::Events;
 pub use process::{Exit, Life, Process};
+pub use service::Api;
 
 use crate::{config::Config, sandbox::Sandbox};
 

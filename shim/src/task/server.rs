@@ -23,7 +23,7 @@ use containerd_shim_protos::{shim_async::create_task, ttrpc::r#async::Server};
 use thiserror::Error as ThisError;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{Events, Exit, Service, create::DIR_FILE};
+use super::{Api, Events, Exit, Service, create::DIR_FILE};
 use crate::{cgroup::Cgroup, sandbox::remove_dir};
 
 /// The runtime's name at containerd.
@@ -73,7 +73,7 @@ pub struct Actions {
 
 #[async_trait]
 impl Shim for Actions {
-    type T = Service;
+    type T = Api;
 
     async fn new(_: &str, flags: &Flags, config: &mut ShimConfig) -> Self {
         config.no_reaper = true;
@@ -100,9 +100,9 @@ impl Shim for Actions {
     async fn wait(&mut self) {}
 
     /// Never called: [`serve`] runs the server.
-    async fn create_task_service(&self, publisher: RemotePublisher) -> Service {
+    async fn create_task_service(&self, publisher: RemotePublisher) -> Api {
         let events = Events::new(&self.namespace, &publisher.address);
-        Service::new(&self.namespace, &self.id, Arc::new(events), Arc::default())
+        Api(Arc::new(Service::new(&self.namespace, &self.id, Arc::new(events), Arc::default())))
     }
 }
 
@@ -136,6 +136,14 @@ pub fn offers_v3() -> bool {
 }
 
 fn clean_up(bundle: &Path) {
+    let address = std::fs::read_to_string(bundle.join("address")).unwrap_or_default();
+    if let Some(socket) = address.trim().strip_prefix("unix://") {
+        if std::os::unix::net::UnixStream::connect(socket).is_ok() {
+            // Only this container of the pod is gone: the pod's shim lives, and cleans up after itself.
+            return;
+        }
+        let _ = std::fs::remove_file(socket);
+    }
     let spec = oci_spec::runtime::Spec::load(bundle.join("config.json")).ok();
     let cgroup = spec.as_ref().and_then(|s| s.linux().as_ref()).and_then(|l| l.cgroups_path().clone());
     // The note is there only in the bundle of a container that was in the pod's way of being made.
@@ -200,7 +208,7 @@ fn listen(address: &str) -> Result<ttrpc::r#async::transport::Listener, ServeErr
 fn both_names(service: &Arc<Service>) -> HashMap<String, ttrpc::r#async::Service> {
     let mut services = HashMap::new();
     for name in [V2, V3] {
-        let task: Arc<dyn containerd_shim_protos::shim_async::Task + Send + Sync> = Arc::clone(service) as _;
+        let task: Arc<dyn containerd_shim_protos::shim_async::Task + Send + Sync> = Arc::new(Api(Arc::clone(service)));
         services.extend(create_task(task).into_values().map(|s| (name.to_string(), s)));
     }
     services

@@ -1,5 +1,7 @@
 //! The ttrpc methods: each translates, calls a room, and answers.
 
+use std::{future::Future, sync::Arc};
+
 use async_trait::async_trait;
 use containerd_shim_protos::{
     api::{
@@ -13,12 +15,25 @@ use containerd_shim_protos::{
     ttrpc::r#async::TtrpcContext,
 };
 
-use super::{Exit, FLUSH, Life, Service, TaskError, stats};
+use super::{Exit, Life, Service, TaskError, stats};
 
 type Answer<T> = ttrpc::Result<T>;
 
+/// The service as ttrpc sees it.
+#[derive(Clone)]
+pub struct Api(pub Arc<Service>);
+
+/// Does `work` to its end even if nobody waits for it: ttrpc drops a call whose deadline has passed, and half a Delete
+/// would leave a VM behind.
+async fn to_its_end<T: Send + 'static>(work: impl Future<Output = Result<T, TaskError>> + Send + 'static) -> Answer<T> {
+    match tokio::spawn(work).await {
+        Ok(answer) => answer.map_err(Into::into),
+        Err(e) => Err(ttrpc::Error::Others(format!("the call ended early: {e}"))),
+    }
+}
+
 #[async_trait]
-impl Task for Service {
+impl Task for Api {
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> Answer<CreateTaskResponse> {
         let mut event = TaskCreate::new();
         event.container_id = request.id.clone();
@@ -31,24 +46,29 @@ impl Task for Service {
         io.stderr = request.stderr.clone();
         io.terminal = request.terminal;
         event.io = Some(io).into();
-        let container = self.create_container(request).await?;
-        event.pid = container.init.pid();
-        self.events.publish(event).await;
-        let mut answer = CreateTaskResponse::new();
-        answer.pid = container.init.pid();
-        Ok(answer)
+        let service = Arc::clone(&self.0);
+        to_its_end(async move {
+            let container = service.create_container(request).await?;
+            event.pid = container.init.pid();
+            service.events.publish(event).await;
+            let mut answer = CreateTaskResponse::new();
+            answer.pid = container.init.pid();
+            Ok(answer)
+        })
+        .await
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Answer<StartResponse> {
-        let process = self.process(&request.id, &request.exec_id).await?;
+        let process = self.0.process(&request.id, &request.exec_id).await?;
+        let service = Arc::clone(&self.0);
         let mut answer = StartResponse::new();
-        answer.pid = self.start_process(&process).await?;
+        answer.pid = to_its_end(async move { service.start_process(&process).await }).await?;
         Ok(answer)
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> Answer<StateResponse> {
-        let container = self.container(&request.id).await?;
-        let process = self.process(&request.id, &request.exec_id).await?;
+        let container = self.0.container(&request.id).await?;
+        let process = self.0.process(&request.id, &request.exec_id).await?;
         let mut answer = StateResponse::new();
         answer.id = request.id;
         answer.exec_id = request.exec_id;
@@ -72,7 +92,7 @@ impl Task for Service {
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> Answer<WaitResponse> {
-        let process = self.process(&request.id, &request.exec_id).await?;
+        let process = self.0.process(&request.id, &request.exec_id).await?;
         let exit = process.wait().await;
         let mut answer = WaitResponse::new();
         answer.exit_status = exit.status;
@@ -81,48 +101,54 @@ impl Task for Service {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Answer<Empty> {
-        let process = self.process(&request.id, &request.exec_id).await?;
-        self.kill_process(&process, request.signal, request.all).await?;
+        let process = self.0.process(&request.id, &request.exec_id).await?;
+        let service = Arc::clone(&self.0);
+        to_its_end(async move { service.kill_process(&process, request.signal, request.all).await }).await?;
         Ok(Empty::new())
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> Answer<Empty> {
-        self.add_exec(request).await?;
+        let service = Arc::clone(&self.0);
+        to_its_end(async move { service.add_exec(request).await }).await?;
         Ok(Empty::new())
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Answer<DeleteResponse> {
-        let container = self.container(&request.id).await?;
-        let process = if request.exec_id.is_empty() {
-            self.delete_container(&container).await?;
-            container.init.clone()
-        } else {
-            self.delete_exec(&container, &request.exec_id).await?
-        };
-        let exit = match process.life() {
-            Life::Stopped(exit) => exit,
-            // Deleted without ever having been started.
-            _ => Exit::now(0),
-        };
-        if request.exec_id.is_empty() {
-            let mut event = TaskDelete::new();
-            event.container_id = container.id.clone();
-            event.pid = process.pid();
-            event.exit_status = exit.status;
-            event.exited_at = Some(exit.at.clone()).into();
-            self.events.publish(event).await;
-        }
-        let mut answer = DeleteResponse::new();
-        answer.pid = process.pid();
-        answer.exit_status = exit.status;
-        answer.exited_at = Some(exit.at).into();
-        Ok(answer)
+        let container = self.0.container(&request.id).await?;
+        let service = Arc::clone(&self.0);
+        to_its_end(async move {
+            let process = if request.exec_id.is_empty() {
+                service.delete_container(&container).await?;
+                container.init.clone()
+            } else {
+                service.delete_exec(&container, &request.exec_id).await?
+            };
+            let exit = match process.life() {
+                Life::Stopped(exit) => exit,
+                // Deleted without ever having been started.
+                _ => Exit::now(0),
+            };
+            if request.exec_id.is_empty() {
+                let mut event = TaskDelete::new();
+                event.container_id = container.id.clone();
+                event.pid = process.pid();
+                event.exit_status = exit.status;
+                event.exited_at = Some(exit.at.clone()).into();
+                service.events.publish(event).await;
+            }
+            let mut answer = DeleteResponse::new();
+            answer.pid = process.pid();
+            answer.exit_status = exit.status;
+            answer.exited_at = Some(exit.at).into();
+            Ok(answer)
+        })
+        .await
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Answer<PidsResponse> {
-        let container = self.container(&request.id).await?;
+        let container = self.0.container(&request.id).await?;
         let guest = match container.init.life() {
-            Life::Running => self.machine().await?.agent().pids(&request.id).await.map_err(TaskError::from)?,
+            Life::Running => self.0.machine().await?.agent().pids(&request.id).await.map_err(TaskError::from)?,
             _ => Vec::new(),
         };
         let mut answer = PidsResponse::new();
@@ -136,9 +162,9 @@ impl Task for Service {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Answer<Empty> {
-        let process = self.process(&request.id, &request.exec_id).await?;
+        let process = self.0.process(&request.id, &request.exec_id).await?;
         if process.paths.terminal && !matches!(process.life(), Life::Stopped(_)) {
-            let sandbox = self.machine().await?;
+            let sandbox = self.0.machine().await?;
             let (w, h) = (request.width, request.height);
             sandbox.agent().resize(&request.id, &request.exec_id, w, h).await.map_err(TaskError::from)?;
         }
@@ -146,7 +172,7 @@ impl Task for Service {
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> Answer<Empty> {
-        let process = self.process(&request.id, &request.exec_id).await?;
+        let process = self.0.process(&request.id, &request.exec_id).await?;
         if request.stdin {
             process.relays.close_stdin();
         }
@@ -154,8 +180,8 @@ impl Task for Service {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Answer<StatsResponse> {
-        self.container(&request.id).await?;
-        let measured = self.machine().await?.agent().stats(&request.id).await.map_err(TaskError::from)?;
+        self.0.container(&request.id).await?;
+        let measured = self.0.machine().await?.agent().stats(&request.id).await.map_err(TaskError::from)?;
         let mut answer = StatsResponse::new();
         answer.stats = Some(stats::metrics(&measured).map_err(TaskError::Stats)?).into();
         Ok(answer)
@@ -164,7 +190,7 @@ impl Task for Service {
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Answer<ConnectResponse> {
         let mut answer = ConnectResponse::new();
         answer.shim_pid = std::process::id();
-        if let Ok(container) = self.container(&request.id).await {
+        if let Ok(container) = self.0.container(&request.id).await {
             answer.task_pid = container.init.pid();
         }
         answer.version = env!("CARGO_PKG_VERSION").into();
@@ -172,9 +198,10 @@ impl Task for Service {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Answer<Empty> {
-        if self.containers.lock().await.is_empty() {
-            self.events.flush(FLUSH).await;
-            self.exit.signal();
+        // The last events are sent on the way out, see Service::stop(): containerd waits for this answer, perhaps before
+        // it takes events again.
+        if self.0.containers.lock().await.is_empty() {
+            self.0.exit.signal();
         }
         Ok(Empty::new())
     }
