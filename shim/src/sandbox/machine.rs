@@ -9,7 +9,7 @@ use super::StartError;
 use crate::{
     agent::Agent,
     config::Config,
-    share::Virtiofsd,
+    share::{Ended, Virtiofsd},
     vmm::{Driver, Vm, VmExit, VmSpec},
 };
 
@@ -22,8 +22,8 @@ pub(super) async fn boot(
     match driver.boot(spec).await {
         Ok(vm) => Ok(vm),
         Err(e) => match timeout(Duration::from_millis(100), virtiofsd.ended()).await {
-            Ok(how) => Err(StartError::VirtiofsdEnded(how)),
-            Err(_) => Err(e.into()),
+            Ok(ended) if !ended.clean => Err(StartError::VirtiofsdEnded(ended.how)),
+            _ => Err(e.into()),
         },
     }
 }
@@ -45,11 +45,14 @@ pub(super) async fn meet_agent(
         biased;
         exit = settled(&mut exited) => {
             match timeout(Duration::from_millis(50), virtiofsd.ended()).await {
-                Ok(how) => Err(StartError::VirtiofsdEnded(how)),
-                Err(_) => Err(StartError::Died { how: exit.as_ref().map(describe).unwrap_or_default() }),
+                Ok(ended) if !ended.clean => Err(StartError::VirtiofsdEnded(ended.how)),
+                _ => Err(StartError::Died { how: exit.as_ref().map(describe).unwrap_or_default() }),
             }
         }
-        how = virtiofsd.ended() => Err(StartError::VirtiofsdEnded(how)),
+        ended = virtiofsd.ended() => match machine_behind(&ended, &mut exited_too).await {
+            Some(exit) => Err(StartError::Died { how: describe(&exit) }),
+            None => Err(StartError::VirtiofsdEnded(ended.how)),
+        },
         met = timeout(deadline, met) => match met {
             Ok(Ok(met)) => Ok(met),
             Ok(Err(e)) => {
@@ -70,11 +73,14 @@ pub(super) fn watch_over(
     mut exited: watch::Receiver<Option<VmExit>>,
 ) -> (AbortHandle, watch::Receiver<Option<String>>) {
     let (tell, gone) = watch::channel(None);
+    let mut exited_too = exited.clone();
     let task = tokio::spawn(async move {
         let why = tokio::select! {
-            // virtiofsd ends by itself when its VMM does; one that ended before was the cause.
             exit = settled(&mut exited) => exit.as_ref().map(describe).unwrap_or_default(),
-            how = virtiofsd.ended() => format!("virtiofsd ended: {how}"),
+            ended = virtiofsd.ended() => match machine_behind(&ended, &mut exited_too).await {
+                Some(exit) => describe(&exit),
+                None => format!("virtiofsd ended: {}", ended.how),
+            },
         };
         virtiofsd.kill().await;
         tell.send_replace(Some(why));
@@ -82,10 +88,21 @@ pub(super) fn watch_over(
     (task.abort_handle(), gone)
 }
 
+/// The machine's end, where that was what ended virtiofsd: it is told a moment later.
+async fn machine_behind(ended: &Ended, exited: &mut watch::Receiver<Option<VmExit>>) -> Option<VmExit> {
+    if !ended.clean {
+        return None;
+    }
+    timeout(Duration::from_secs(2), settled(exited)).await.ok().flatten()
+}
+
 /// Waits for what is told once; `None` where nobody is left to tell it.
 pub(crate) async fn settled<T: Clone>(told: &mut watch::Receiver<Option<T>>) -> Option<T> {
     told.wait_for(Option::is_some).await.ok().and_then(|value| value.clone())
 }
+
+/// In the guest's words, why it stopped.
+const TELLING: [&str; 2] = ["Kernel panic", "chsnap-init: fatal: "];
 
 /// Why a machine is gone, with the lines that explain it.
 fn describe(exit: &VmExit) -> String {
@@ -95,7 +112,10 @@ fn describe(exit: &VmExit) -> String {
         format!("the VMM ended ({})", exit.status)
     };
     for (what, tail) in [("VMM", &exit.stderr), ("guest console", &exit.console)] {
-        let last: Vec<&str> = tail.lines().filter(|l| !l.trim().is_empty()).collect();
+        let lines: Vec<&str> = tail.lines().filter(|l| !l.trim().is_empty()).collect();
+        // What follows a panic is the way to it through the kernel, which tells a person nothing.
+        let telling: Vec<&str> = lines.iter().copied().filter(|l| TELLING.iter().any(|t| l.contains(t))).collect();
+        let last = if telling.is_empty() { &lines } else { &telling };
         let last = &last[last.len().saturating_sub(8)..];
         if !last.is_empty() {
             text.push_str(&format!("; {what}: {}", last.join(" | ")));

@@ -21,7 +21,7 @@ mod virtiofsd;
 
 pub use bind::{Bind, BindError};
 pub use options::{MountError, RootMount};
-pub use virtiofsd::{Virtiofsd, VirtiofsdError, program as virtiofsd_program};
+pub use virtiofsd::{Ended, Virtiofsd, VirtiofsdError, program as virtiofsd_program};
 
 /// Preparing the share failed.
 #[derive(Debug, Error)]

@@ -53,6 +53,15 @@ pub fn program(config: &ShareConfig) -> PathBuf {
     found.into_iter().find(|p| p.is_file()).unwrap_or_else(|| "virtiofsd".into())
 }
 
+/// How virtiofsd ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// By itself and well: it does so when its VMM goes, and that is then what has to be explained.
+    pub clean: bool,
+    /// Status, and the last it wrote.
+    pub how: String,
+}
+
 /// A running virtiofsd. Dropping it kills it.
 #[derive(Debug)]
 pub struct Virtiofsd {
@@ -93,8 +102,8 @@ impl Virtiofsd {
         self.child.id()
     }
 
-    /// Waits until it has ended, and says how: status, and the last it wrote.
-    pub async fn ended(&mut self) -> String {
+    /// Waits until it has ended, and says how.
+    pub async fn ended(&mut self) -> Ended {
         let status = self.child.wait().await;
         let mut said = String::new();
         if let Some(stderr) = self.child.stderr.take() {
@@ -102,11 +111,13 @@ impl Virtiofsd {
             let mut stderr = stderr.take(8192);
             let _ = timeout(Duration::from_millis(200), stderr.read_to_string(&mut said)).await;
         }
+        let clean = status.as_ref().is_ok_and(|s| s.success());
         let status = status.map_or_else(|e| e.to_string(), |s| s.to_string());
-        match said.trim() {
+        let how = match said.trim() {
             "" => status,
             said => format!("{status}: {said}"),
-        }
+        };
+        Ended { clean, how }
     }
 
     /// Ends it and waits.

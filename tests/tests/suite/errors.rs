@@ -12,7 +12,7 @@ crate::errors! {
     config_missing, config_relative, config_syntax, config_unknown_key, config_unknown_table, config_bad_value,
     config_out_of_range, config_relative_value, annotation_unknown, annotation_value, snapshot_required,
     vcpus_too_many, memory_too_large, limit_too_large,
-    host_network, host_device, foreign_pid_namespace, user_namespace, mount_type, log_binary,
+    host_network, host_device, foreign_pid_namespace, mount_type, log_binary,
     bind_source_missing, cgroup_path, state_dir_unusable, state_dir_full, port_busy, kvm_wanted,
     vmm_missing, vmm_false, vmm_old, virtiofsd_missing, virtiofsd_false,
     kernel_missing, kernel_wrong, initramfs_missing, initramfs_wrong, guest_panics, guest_hangs,
@@ -124,10 +124,6 @@ fn foreign_pid_namespace(env: &Env) -> Result<String> {
     refused(env.container().flags(["--with-ns", "pid:/proc/1/ns/pid"]))
 }
 
-fn user_namespace(env: &Env) -> Result<String> {
-    refused(env.container().flags(["--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536"]))
-}
-
 fn mount_type(env: &Env) -> Result<String> {
     refused(env.container().flags(["--mount", "type=nfs,src=host:/x,dst=/mnt"]))
 }
@@ -197,14 +193,19 @@ fn vmm_missing(env: &Env) -> Result<String> {
 }
 
 fn vmm_false(env: &Env) -> Result<String> {
-    refused(with(env, |s| s.path("vmm", vmm_key(env), "/bin/false")))
+    refused(with_vmm(env, "exit 1")?)
+}
+
+/// A VMM that is this shell script.
+fn with_vmm<'a>(env: &'a Env, script: &str) -> Result<Container<'a>> {
+    let program = env.dir.join("vmm");
+    fs::write(&program, format!("#!/bin/sh\n{script}\n"))?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    Ok(with(env, |s| s.path("vmm", vmm_key(env), program)))
 }
 
 fn vmm_old(env: &Env) -> Result<String> {
-    let program = env.dir.join("old-vmm");
-    fs::write(&program, "#!/bin/sh\necho 'emulator version 7.2.0'\n")?;
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
-    refused(with(env, |s| s.path("vmm", vmm_key(env), program)))
+    refused(with_vmm(env, "echo 'emulator version 7.2.0'")?)
 }
 
 fn virtiofsd_missing(env: &Env) -> Result<String> {
