@@ -36,6 +36,8 @@ check:
 bench:
 	@hack/bench.sh
 
+# As it was written: a dollar is for the node's shell, not for make.
+node: override export RUN := $(value RUN)
 node:
 	@hack/node.sh
 
