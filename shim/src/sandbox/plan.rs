@@ -114,7 +114,10 @@ impl Plan {
                     self.binds.push(Bind { source, destination, options });
                 }
             } else if GUEST_TYPES.contains(&fstype.as_str()) {
-                self.mountpoints.push(destination);
+                // Below a mount of the guest's, the guest makes the place itself.
+                if !self.mountpoints.iter().any(|p| destination.starts_with(p)) {
+                    self.mountpoints.push(destination);
+                }
                 for_guest.push(m);
             } else {
                 return Err(PlanError::Unsupported {
@@ -209,6 +212,7 @@ mod tests {
             "mounts": [
                 {"destination": "/proc", "type": "proc", "source": "proc"},
                 {"destination": "/run", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid"]},
+                {"destination": "/run/lock", "type": "tmpfs", "source": "tmpfs"},
                 {"destination": "/run/secrets", "type": "bind", "source": "/host/s", "options": ["rbind", "ro"]},
                 {"destination": "/etc/hosts", "type": "bind", "source": "/host/hosts", "options": ["rbind"]}
             ],
@@ -229,8 +233,8 @@ mod tests {
         let guest: Spec = serde_json::from_slice(&plan.spec_json).unwrap();
         assert_eq!(guest.hostname().as_deref(), Some("web"));
         let mounts = guest.mounts().as_ref().unwrap();
-        assert_eq!(mounts.len(), 3);
-        assert_eq!(mounts[2].source().as_ref().unwrap(), Path::new("/run/chsnap/share/web/binds/0"));
+        assert_eq!(mounts.len(), 4);
+        assert_eq!(mounts[3].source().as_ref().unwrap(), Path::new("/run/chsnap/share/web/binds/0"));
         assert_eq!(guest.root().as_ref().unwrap().path(), Path::new("/run/chsnap/share/web/rootfs"));
     }
 

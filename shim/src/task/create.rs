@@ -38,6 +38,7 @@ impl Service {
             .and_then(|l| l.cgroups_path().as_ref())
             .map(|p| p.display().to_string())
             .unwrap_or_default();
+        let root = spec.root().as_ref().map(|r| r.path().clone()).unwrap_or_default();
         let plan = Plan::of(&request.id, spec)?;
         if !plan.ignored.is_empty() {
             log::info!("not applied inside the VM: {}", plan.ignored.join(", "));
@@ -49,7 +50,10 @@ impl Service {
             terminal: request.terminal,
         };
         let local = Local::open(&paths).await?;
-        let rootfs: Vec<RootMount> = request.rootfs.iter().map(root_mount).collect();
+        let mut rootfs: Vec<RootMount> = request.rootfs.iter().map(root_mount).collect();
+        if rootfs.is_empty() {
+            rootfs.push(bound_root(&request.bundle, &root));
+        }
         let new = NewContainer { id: &request.id, rootfs: &rootfs, plan: &plan, stdio: paths.wanted() };
         // For the `delete` action, should this process be killed: it is not told the configuration.
         let note = Path::new(&request.bundle).join(DIR_FILE);
@@ -141,6 +145,13 @@ fn root_mount(m: &Mount) -> RootMount {
     RootMount { fstype: m.type_.clone(), source: m.source.clone(), options: m.options.clone() }
 }
 
+/// Without mounts from a snapshotter (`ctr run --rootfs`), the root is where the specification says, which is relative
+/// to the bundle.
+fn bound_root(bundle: &str, root: &Path) -> RootMount {
+    let source = Path::new(bundle).join(root).display().to_string();
+    RootMount { fstype: "bind".into(), source, options: vec!["rbind".into()] }
+}
+
 /// containerd checks ids too; here they become directories and sockets.
 fn usable_id(id: &str) -> Result<(), TaskError> {
     let plain = id.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
@@ -153,6 +164,12 @@ fn usable_id(id: &str) -> Result<(), TaskError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_root_without_mounts_is_bound() {
+        assert_eq!(bound_root("/b", Path::new("rootfs")).source, "/b/rootfs");
+        assert_eq!(bound_root("/b", Path::new("/srv/root")).source, "/srv/root");
+    }
 
     #[test]
     fn ids_that_lead_elsewhere_are_refused() {
