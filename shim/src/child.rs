@@ -56,7 +56,12 @@ mod tests {
         let theirs: OwnedFd = theirs.into();
         let n = fd_number(&theirs);
         let mut command = command("/bin/bash", &[], vec![theirs]).unwrap();
-        command.arg("-c").arg(format!("read line <&{n}; echo $line $(ps -o sid= -p $$) $$"));
+        // One that nobody marked close-on-exec, as a careless parent leaves them.
+        let stray = nix::unistd::dup(std::io::stderr()).unwrap();
+        let stray_number = fd_number(&stray);
+        command.arg("-c").arg(format!(
+            "read line <&{n}; echo $line $(ps -o sid= -p $$) $$ $(test -e /proc/$$/fd/{stray_number} && echo stray)"
+        ));
         let mut child = command.spawn().unwrap();
         drop(command);
         let mut ours = ours;
@@ -66,6 +71,7 @@ mod tests {
         let words: Vec<_> = out.split_whitespace().collect();
         assert_eq!(words[0], "hello");
         assert_eq!(words[1], words[2], "the child leads its own session");
+        assert_eq!(words.len(), 3, "a stray descriptor was inherited");
         assert!(child.wait().await.unwrap().success());
     }
 }
