@@ -10,6 +10,8 @@ use chsnap_tests::{Env, Tools};
 pub enum Scope {
     /// With runc as well: it is what chsnap has to behave like.
     Everywhere,
+    /// With runc as well, and one containerd, which plays no part in it.
+    Likewise,
     /// With every VMM and every containerd.
     Vms,
     /// With every VMM, and one containerd, which plays no part in it.

@@ -12,7 +12,8 @@ use chsnap_tests::{Env, Started};
 use serde_json::Value;
 
 crate::cases! {
-    Everywhere: in_order, killed_and_started_again;
+    Everywhere: in_order, killed;
+    Vms: out_of_memory;
 }
 
 /// A task event.
@@ -103,7 +104,7 @@ fn in_order(env: &Env) -> Result<()> {
     Ok(())
 }
 
-fn killed_and_started_again(env: &Env) -> Result<()> {
+fn killed(env: &Env) -> Result<()> {
     let container = env.container().sh("sleep 1000");
     let id = container.id.clone();
     let mut events = follow(env, &id)?;
@@ -114,5 +115,22 @@ fn killed_and_started_again(env: &Env) -> Result<()> {
     let events = events("/tasks/delete")?;
     ensure!(topics(&events) == ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"], "{events:?}");
     ensure!(events[2].content["exit_status"] == 137 && events[3].content["exit_status"] == 137, "{events:?}");
+    Ok(())
+}
+
+/// The guest's own OOM killer is told like the host's.
+fn out_of_memory(env: &Env) -> Result<()> {
+    let limit = (48 << 20).to_string();
+    let container = env.container().flags(["--memory-limit", &limit]);
+    let id = container.id.clone();
+    let mut events = follow(env, &id)?;
+    let container = container.python("print('up', flush=True)\nx = bytearray(200_000_000)\nprint(len(x))").start()?;
+    env.ctr().wait_status(&id, "STOPPED")?;
+    ensure!(container.log() == "up\n", "{}", container.log());
+    container.remove()?;
+    let events = events("/tasks/delete")?;
+    let expected = ["/tasks/create", "/tasks/start", "/tasks/oom", "/tasks/exit", "/tasks/delete"];
+    ensure!(topics(&events) == expected, "{events:?}");
+    ensure!(events[3].content["exit_status"] == 137, "{events:?}");
     Ok(())
 }

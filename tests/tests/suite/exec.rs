@@ -1,9 +1,9 @@
 //! `ctr task exec`.
 
-use std::time::Duration;
+use std::{io::Read, time::Duration};
 
-use anyhow::{Result, ensure};
-use chsnap_tests::{Env, Pty, eventually};
+use anyhow::{Context, Result, ensure};
+use chsnap_tests::{Env, Pty};
 
 crate::cases! {
     Everywhere: results, in_parallel, missing, killed, in_a_stopped_container, on_a_terminal;
@@ -54,14 +54,12 @@ fn missing(env: &Env) -> Result<()> {
 
 fn killed(env: &Env) -> Result<()> {
     let started = env.container().sh("sleep 1000").start()?;
-    let exec = started.exec_with(&["--exec-id", "victim"], ["sleep", "500"]).start()?;
+    let command = ["sh", "-c", "echo up; exec sleep 500"];
+    let mut exec = started.exec_with(&["--exec-id", "victim"], command).start()?;
+    exec.child.stdout.take().context("no stdout")?.read_exact(&mut [0; 3])?;
     let ctr = env.ctr();
-    let there = eventually(Duration::from_secs(10), || {
-        ctr.text(["task", "ps", &started.id]).ok().filter(|t| t.lines().count() >= 3)
-    });
-    ensure!(there.is_some(), "ps does not list the exec: {}", ctr.text(["task", "ps", &started.id])?);
-    let list = there.unwrap_or_default();
-    ensure!(!env.is_vm() || list.lines().count() == 3, "{list}");
+    let list = ctr.text(["task", "ps", &started.id])?;
+    ensure!(list.lines().count() == 3, "not the two processes there are: {list}");
     ctr.text(["task", "kill", "-s", "SIGKILL", "--exec-id", "victim", &started.id])?;
     exec.output()?.code(137)?;
     ensure!(ctr.status(&started.id)?.as_deref() == Some("RUNNING"), "the container died with its exec");

@@ -81,6 +81,7 @@ fn trials() -> Vec<Trial> {
             for (topic, case) in all() {
                 let here = match case.scope {
                     Scope::Everywhere => true,
+                    Scope::Likewise => version == Version::V2_1,
                     Scope::Vms => vmm != Vmm::Runc,
                     Scope::Once => vmm != Vmm::Runc && version == Version::V2_1,
                 };

@@ -10,8 +10,8 @@ use anyhow::{Context, Result, ensure};
 use chsnap_tests::Env;
 
 crate::cases! {
-    Everywhere: in_the_snapshot, native_snapshotter, binds, read_only_root;
-    Vms: full_disk;
+    Likewise: in_the_snapshot, native_snapshotter, binds, read_only_root;
+    Once: full_disk;
 }
 
 /// Everything a file system has to be able to do.

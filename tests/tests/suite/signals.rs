@@ -6,7 +6,8 @@ use anyhow::{Result, ensure};
 use chsnap_tests::{Env, eventually};
 
 crate::cases! {
-    Everywhere: handled, by_number, all_processes, default_is_term;
+    Everywhere: handled;
+    Likewise: by_number, all_processes, default_is_term;
 }
 
 /// Says which signals it gets; TERM ends it with 3.
