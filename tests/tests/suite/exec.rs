@@ -3,7 +3,7 @@
 use std::{io::Read, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use chsnap_tests::{Env, Pty};
+use chsnap_tests::{Env, Pty, eventually};
 
 crate::cases! {
     Everywhere: results, in_parallel, missing, killed, in_a_stopped_container, on_a_terminal;
@@ -58,8 +58,13 @@ fn killed(env: &Env) -> Result<()> {
     let mut exec = started.exec_with(&["--exec-id", "victim"], command).start()?;
     exec.child.stdout.take().context("no stdout")?.read_exact(&mut [0; 3])?;
     let ctr = env.ctr();
-    let list = ctr.text(["task", "ps", &started.id])?;
-    ensure!(list.lines().count() == 3, "not the two processes there are: {list}");
+    let mut list = String::new();
+    // Whatever brought the exec into the container's namespaces may still be on its way out.
+    let two = eventually(Duration::from_secs(5), || {
+        list = ctr.text(["task", "ps", &started.id]).ok()?;
+        (list.lines().count() == 3).then_some(())
+    });
+    ensure!(two.is_some(), "not the two processes there are: {list}");
     ctr.text(["task", "kill", "-s", "SIGKILL", "--exec-id", "victim", &started.id])?;
     exec.output()?.code(137)?;
     ensure!(ctr.status(&started.id)?.as_deref() == Some("RUNNING"), "the container died with its exec");
