@@ -53,7 +53,8 @@ fn missing(env: &Env) -> Result<()> {
 }
 
 fn killed(env: &Env) -> Result<()> {
-    let started = env.container().sh("sleep 1000").start()?;
+    // exec: a shell that stays would be one more process, from the moment it has forked.
+    let started = env.container().sh("exec sleep 1000").start()?;
     let command = ["sh", "-c", "echo up; exec sleep 500"];
     let mut exec = started.exec_with(&["--exec-id", "victim"], command).start()?;
     exec.child.stdout.take().context("no stdout")?.read_exact(&mut [0; 3])?;
