@@ -97,7 +97,7 @@ impl Service {
         if self.containers.lock().await.contains_key(new.id) {
             return Err(TaskError::Exists { what: "container", id: new.id.into() });
         }
-        if let Some((sandbox, _)) = slot.as_ref() {
+        if let Some(sandbox) = slot.as_ref() {
             let streams = sandbox.add(new).await?;
             return Ok((streams, Arc::clone(sandbox)));
         }
@@ -111,7 +111,7 @@ impl Service {
         let (vmm, accelerator) = sandbox.driver();
         let ms = phases.total().as_millis();
         log::info!("VM started by direct boot in {ms} ms: {vmm} on {accelerator}, {:?} us", state.phases_us);
-        *slot = Some((Arc::clone(&sandbox), request.config.clone()));
+        *slot = Some(Arc::clone(&sandbox));
         Ok((streams, sandbox))
     }
 }

@@ -23,7 +23,7 @@ pub use events::Events;
 pub use process::{Exit, Life, Process};
 pub use service::Api;
 
-use crate::{config::Config, sandbox::Sandbox};
+use crate::sandbox::Sandbox;
 
 /// A container and its processes.
 #[derive(Debug)]
@@ -43,7 +43,7 @@ pub struct Service {
     exit: Arc<ExitSignal>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
     /// Held for as long as the machine starts or stops, so that there is one at most.
-    sandbox: Mutex<Option<(Arc<Sandbox>, Config)>>,
+    sandbox: Mutex<Option<Arc<Sandbox>>>,
 }
 
 /// Longest wait for the last events on the way out.
@@ -79,14 +79,14 @@ impl Service {
 
     async fn machine(&self) -> Result<Arc<Sandbox>, TaskError> {
         match self.sandbox.lock().await.as_ref() {
-            Some((sandbox, _)) => Ok(Arc::clone(sandbox)),
+            Some(sandbox) => Ok(Arc::clone(sandbox)),
             None => Err(TaskError::Gone("it was stopped".into())),
         }
     }
 
     /// Ends everything, e.g. on SIGTERM.
     pub async fn stop(&self) {
-        if let Some((sandbox, _)) = self.sandbox.lock().await.take() {
+        if let Some(sandbox) = self.sandbox.lock().await.take() {
             sandbox.stop().await;
         }
         self.events.flush(FLUSH).await;

@@ -166,10 +166,10 @@ impl Service {
         containers.remove(&container.id);
         if containers.is_empty() {
             drop(containers);
-            if let Some((sandbox, _)) = slot.take() {
+            if let Some(sandbox) = slot.take() {
                 sandbox.stop().await;
             }
-        } else if let Some((sandbox, _)) = slot.as_ref() {
+        } else if let Some(sandbox) = slot.as_ref() {
             sandbox.remove(&container.id).await;
         }
         Ok(())
