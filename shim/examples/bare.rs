@@ -55,6 +55,8 @@ async fn run(began: Instant) -> Result<(), Box<dyn Error>> {
         share_socket,
         run_dir: dir.clone(),
         cgroups: Vec::new(),
+        rung: config.vmm.rung,
+        deadline: config.deadlines.boot.duration(),
     };
     let vm = driver.boot(&spec).await?;
     let spawned = began.elapsed();

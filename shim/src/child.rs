@@ -9,6 +9,7 @@ use std::{
     process::Stdio,
 };
 
+use seccompiler::BpfProgram;
 use tokio::process::Command;
 
 use crate::sys;
@@ -20,10 +21,23 @@ use crate::sys;
 /// # Errors
 /// Where a cgroup cannot be joined.
 pub fn command(program: impl AsRef<OsStr>, cgroups: &[PathBuf], keep: Vec<OwnedFd>) -> io::Result<Command> {
+    filtered(program, cgroups, keep, None)
+}
+
+/// The same under a seccomp filter.
+///
+/// # Errors
+/// Where a cgroup cannot be joined.
+pub fn filtered(
+    program: impl AsRef<OsStr>,
+    cgroups: &[PathBuf],
+    keep: Vec<OwnedFd>,
+    filter: Option<BpfProgram>,
+) -> io::Result<Command> {
     let cgroups = cgroups.iter().map(|dir| open_procs(dir)).collect::<io::Result<Vec<_>>>()?;
     let mut command = Command::new(program);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-    sys::before_exec(&mut command, sys::BeforeExec { cgroups, keep });
+    sys::before_exec(&mut command, sys::BeforeExec { cgroups, keep, filter });
     Ok(command)
 }
 

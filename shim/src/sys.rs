@@ -10,6 +10,7 @@ use nix::{
     sys::{prctl, signal::Signal},
     unistd,
 };
+use seccompiler::BpfProgram;
 use tokio::process::Command;
 
 /// What a child does before exec; everything is prepared, since after fork only async-signal-safe calls are allowed.
@@ -19,6 +20,8 @@ pub(crate) struct BeforeExec {
     pub cgroups: Vec<OwnedFd>,
     /// Descriptors the program gets, under their present numbers.
     pub keep: Vec<OwnedFd>,
+    /// Judges the program's system calls, and those of everything it starts.
+    pub filter: Option<BpfProgram>,
 }
 
 /// Installs `before` in `command`. The child also gets a session of its own, so that a terminal's signals pass it
@@ -39,11 +42,19 @@ pub(crate) fn before_exec(command: &mut Command, before: BeforeExec) {
         for fd in &before.keep {
             fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
         }
-        Ok(())
+        before.filter.as_ref().map_or(Ok(()), install)
     };
     // SAFETY: the closure only makes direct system calls on data that was allocated before the fork; it neither
-    // allocates nor takes locks (nix and io::Error::from(errno | kind) do not).
+    // allocates nor takes locks (nix, seccompiler and io::Error::from(errno | kind) do not).
     unsafe { command.pre_exec(run) };
+}
+
+/// Last, for it is not known to let the other calls through.
+fn install(filter: &BpfProgram) -> io::Result<()> {
+    seccompiler::apply_filter(filter).map_err(|error| match error {
+        seccompiler::Error::Prctl(error) | seccompiler::Error::Seccomp(error) => error,
+        _ => io::ErrorKind::InvalidInput.into(),
+    })
 }
 
 /// Whatever else is open stays here: a descriptor that somebody forgot to mark is not the VMM's business. Kernels before

@@ -79,16 +79,17 @@ fn vcpus(
         let period = cpu.period().filter(|period| *period > 0).unwrap_or(100_000);
         Some((quota, period))
     });
-    let (asked, asked_by) = match (overrides.vcpus, quota) {
-        (Some(vcpus), _) => (u64::from(vcpus), format!("the annotation {}", Annotations::VCPUS)),
-        (None, Some((quota, period))) => {
-            (quota.div_ceil(period), format!("the CPU limit (quota {quota}, period {period})"))
-        }
-        (None, None) => (u64::from(config.guest.default_vcpus), "guest.default_vcpus".into()),
-    };
     let (allowed, limited_by) = match config.guest.max_vcpus {
         0 => (host.cpus, "the number of host CPUs"),
         max => (max, "guest.max_vcpus"),
+    };
+    let (asked, asked_by) = match (overrides.vcpus, quota) {
+        (Some(vcpus), _) => (u64::from(vcpus), format!("the annotation {}", Annotations::VCPUS)),
+        // A limit is a ceiling, on Kubernetes often above what a node has: with fewer vCPUs it is kept as well.
+        (None, Some((quota, period))) => {
+            return Ok(u32::try_from(quota.div_ceil(period)).unwrap_or(u32::MAX).min(allowed));
+        }
+        (None, None) => (u64::from(config.guest.default_vcpus), "guest.default_vcpus".into()),
     };
     u32::try_from(asked).ok().filter(|vcpus| *vcpus <= allowed).ok_or(ShapeError::Vcpus {
         asked,
@@ -165,6 +166,8 @@ mod tests {
         assert_eq!(shape(&none, Some(&limits(50_000, 0, (256 << 20) + 1))), Ok((1, 256 + 4 + 80 + 1)));
         // -1 is "no limit".
         assert_eq!(shape(&none, Some(&limits(-1, 100_000, -1))), Ok((1, 512)));
+        // A CPU limit above the host's CPUs is kept by all of them.
+        assert_eq!(shape(&none, Some(&limits(i64::MAX, 1, -1))), Ok((4, 512)));
         let both = Overrides { vcpus: Some(3), memory: Some(Size::mib(100)), ..none };
         assert_eq!(shape(&both, Some(&limits(150_000, 100_000, 256 << 20))), Ok((3, 100)));
     }
@@ -175,11 +178,6 @@ mod tests {
         assert_eq!(
             shape(&Overrides { vcpus: Some(5), ..none.clone() }, None).unwrap_err(),
             "the annotation io.chsnap.vcpus asks for 5 vCPUs, but the number of host CPUs allows 4"
-        );
-        assert_eq!(
-            shape(&none, Some(&limits(i64::MAX, 1, -1))).unwrap_err(),
-            "the CPU limit (quota 9223372036854775807, period 1) asks for 9223372036854775807 vCPUs, but the number of \
-             host CPUs allows 4"
         );
         assert_eq!(
             shape(&none, Some(&limits(-1, 1, 4096 << 20))).unwrap_err(),

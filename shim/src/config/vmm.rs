@@ -7,6 +7,8 @@ use serde::{
     de::{MapAccess, Visitor, value::MapAccessDeserializer},
 };
 
+use crate::vmm::Rung;
+
 /// `[vmm]`
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -19,6 +21,8 @@ pub struct VmmConfig {
     pub cloud_hypervisor: Option<PathBuf>,
     /// QEMU's system emulator; else searched in PATH under its name for this architecture.
     pub qemu: Option<PathBuf>,
+    /// Which CPU features guests do without.
+    pub rung: Rung,
 }
 
 /// Which VMM is wanted.

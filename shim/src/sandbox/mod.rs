@@ -1,7 +1,7 @@
 //! A pod's life: its share, its machine, its agent, from the first container's creation to the last one's end.
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -188,6 +188,8 @@ impl Sandbox {
             share_socket: socket,
             run_dir: parts.dir.clone(),
             cgroups: parts.cgroup.dirs().to_vec(),
+            rung: config.vmm.rung,
+            deadline: config.deadlines.boot.duration(),
         };
         let vm = parts.vm.insert(boot(&*driver, &spec, virtiofsd).await?);
         phases.mark("vmm");
@@ -309,20 +311,37 @@ pub fn dir_of(state: &Path, namespace: &str, id: &str) -> PathBuf {
 /// Removes a pod's directory, and its namespace's with the last one. Never recursive, see
 /// [`share::remove_leftovers`].
 pub fn remove_dir(dir: &Path) {
+    if let Err(e) = try_remove_dir(dir) {
+        log::warn!("cannot remove {}: {e}", dir.display());
+    }
+}
+
+/// The same for a pod whose shim was killed: what ran in it is dying, and may still be making files.
+pub fn remove_dir_of_dying(dir: &Path) {
+    for pause in [5, 10, 20, 50, 100, 200, 500, 1000] {
+        if try_remove_dir(dir).is_ok() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(pause));
+    }
+    remove_dir(dir);
+}
+
+fn try_remove_dir(dir: &Path) -> io::Result<()> {
     share::remove_leftovers(&dir.join("share"));
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|t| !t.is_dir()) {
             let _ = fs::remove_file(entry.path());
         }
     }
-    if let Err(e) = fs::remove_dir(dir)
-        && e.kind() != std::io::ErrorKind::NotFound
-    {
-        log::warn!("cannot remove {}: {e}", dir.display());
+    match fs::remove_dir(dir) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
     }
     if let Some(parent) = dir.parent() {
         let _ = fs::remove_dir(parent);
     }
+    Ok(())
 }
 
 fn readable(path: &Path, what: &'static str) -> Result<(), StartError> {

@@ -24,7 +24,7 @@ use thiserror::Error as ThisError;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Api, Events, Exit, Service, create::DIR_FILE};
-use crate::{cgroup::Cgroup, sandbox::remove_dir};
+use crate::{cgroup::Cgroup, sandbox::remove_dir_of_dying};
 
 /// The runtime's name at containerd.
 pub const RUNTIME: &str = "io.containerd.chsnap.v2";
@@ -153,7 +153,7 @@ fn clean_up(bundle: &Path) {
     {
         cgroup.remove();
     }
-    remove_dir(Path::new(OsStr::from_bytes(&dir)));
+    remove_dir_of_dying(Path::new(OsStr::from_bytes(&dir)));
 }
 
 /// Serves the task API until containerd says Shutdown.

@@ -19,6 +19,9 @@ pub enum BootError {
     /// The VMM may not be counted where the pod is.
     #[error("the VMM cannot join the pod's cgroup")]
     Cgroup(#[source] io::Error),
+    /// The filter that hides CPU features.
+    #[error("cannot make the filter that hides CPU features from the VMM")]
+    Mask(#[source] seccompiler::BackendError),
     /// A socket between the shim and the VMM.
     #[error("cannot make the {what} socket for the VMM")]
     Socket {
@@ -102,12 +105,12 @@ pub enum ControlError {
         answer: String,
     },
     /// No answer in time.
-    #[error("the VMM did not answer {command:?} within {seconds} s")]
+    #[error("the VMM did not answer {command:?} within {seconds} s ([deadlines] boot)")]
     Late {
         /// What was asked.
         command: String,
         /// How long was waited.
-        seconds: u64,
+        seconds: f32,
     },
 }
 

@@ -1,6 +1,6 @@
 //! The machine: the trait every VMM driver fulfils, and the drivers. Nothing outside this room knows which VMM runs.
 
-use std::{fmt, path::PathBuf};
+use std::{fmt, path::PathBuf, time::Duration};
 
 use async_trait::async_trait;
 use tokio::{
@@ -16,6 +16,7 @@ mod memory;
 mod process;
 mod qemu;
 mod ring;
+mod rung;
 #[cfg(test)]
 mod scenarios;
 mod select;
@@ -24,6 +25,7 @@ mod survey;
 mod testing;
 
 pub use error::{BootError, ChannelError, ControlError};
+pub use rung::Rung;
 pub use select::{SelectError, Taken, select};
 pub use survey::{Kvm, Program, Survey, survey};
 
@@ -84,6 +86,10 @@ pub struct VmSpec {
     pub run_dir: PathBuf,
     /// cgroup directories (one on v2, one per controller on v1) that the VMM process joins before exec.
     pub cgroups: Vec<PathBuf>,
+    /// What the guest's CPUs do without.
+    pub rung: Rung,
+    /// How long the VMM may take for any one thing it is told to do.
+    pub deadline: Duration,
 }
 
 /// Why a VM is gone.

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use seccompiler::BpfProgram;
 use tokio::{io::AsyncRead, process::Child, sync::watch, time::timeout};
 
 use super::{BootError, ControlError, VmExit, ring::Ring};
@@ -37,6 +38,8 @@ pub struct Launch<'a> {
     pub fds: Vec<OwnedFd>,
     /// cgroup directories it joins before exec.
     pub cgroups: &'a [PathBuf],
+    /// Judges its system calls.
+    pub filter: Option<BpfProgram>,
 }
 
 /// What holds a process. Whoever has a clone can have it killed.
@@ -154,8 +157,8 @@ impl Process {
 }
 
 fn spawn(launch: Launch<'_>) -> Result<Child, BootError> {
-    let Launch { program, args, fds, cgroups } = launch;
-    let mut command = child::command(program, cgroups, fds).map_err(BootError::Cgroup)?;
+    let Launch { program, args, fds, cgroups, filter } = launch;
+    let mut command = child::filtered(program, cgroups, fds, filter).map_err(BootError::Cgroup)?;
     command.args(args).current_dir("/").env_clear();
     for name in ENVIRONMENT {
         command.envs(std::env::var_os(name).map(|value| (name, value)));
@@ -196,7 +199,7 @@ mod tests {
 
     /// bash, since a plain sh knows descriptors of one digit only.
     fn shell<'a>(script: &str, fds: Vec<OwnedFd>, cgroups: &'a [PathBuf]) -> Launch<'a> {
-        Launch { program: Path::new("/bin/bash"), args: vec!["-c".into(), script.into()], fds, cgroups }
+        Launch { program: Path::new("/bin/bash"), args: vec!["-c".into(), script.into()], fds, cgroups, filter: None }
     }
 
     #[tokio::test]
@@ -257,7 +260,7 @@ mod tests {
     #[tokio::test]
     async fn a_missing_program_and_a_missing_cgroup_are_told_apart() {
         let program = Path::new("/nonexistent/vmm");
-        let launch = Launch { program, args: vec![], fds: vec![], cgroups: &[] };
+        let launch = Launch { program, args: vec![], fds: vec![], cgroups: &[], filter: None };
         let error = Process::start(launch, Leash::new(), |_| async { false }).unwrap_err();
         assert!(matches!(error, BootError::Spawn { .. }), "{error}");
         let cgroups = [PathBuf::from("/nonexistent/cgroup")];

@@ -25,6 +25,20 @@ pub async fn powers_off(driver: &dyn Driver) {
     assert!(is_gone(vm.pid()));
 }
 
+/// The agent answers on the channel, and once more when the first session is over.
+pub async fn meets_the_agent(driver: &dyn Driver) {
+    let Some(bench) = Bench::with_agent().await else { return };
+    let vm = driver.boot(&bench.spec).await.unwrap();
+    for number in [1, 2] {
+        let session = async {
+            let mut channel = vm.channel().await.unwrap();
+            chsnap_protocol::session::open(&mut channel, number).await.unwrap();
+        };
+        timeout(*BOOT, session).await.unwrap_or_else(|_| panic!("no session {number}; console: {}", vm.console()));
+    }
+    vm.kill().await;
+}
+
 /// A panic and a reboot both end the machine, which does not start again, and the panic's text is kept.
 pub async fn panics_and_reboots(driver: &dyn Driver) {
     let Some(bench) = Bench::new("echo BEGIN; exit 7").await else { return };
@@ -65,7 +79,7 @@ pub async fn is_killed(driver: &dyn Driver) {
     let vm = driver.boot(&bench.spec).await.unwrap();
     let (pid, mut exited) = (vm.pid(), vm.exited());
     drop(vm);
-    timeout(BOOT, exited.wait_for(Option::is_some)).await.unwrap().unwrap();
+    timeout(*BOOT, exited.wait_for(Option::is_some)).await.unwrap().unwrap();
     assert!(is_gone(pid));
 }
 

@@ -4,16 +4,21 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::LazyLock,
     time::Duration,
 };
 
 use tempfile::TempDir;
 use tokio::time::{sleep, timeout};
 
-use super::{Vm, VmExit, VmSpec};
+use super::{Rung, Vm, VmExit, VmSpec};
 
-/// For a boot by translation on a machine that is busy with other tests.
-pub const BOOT: Duration = Duration::from_secs(90);
+/// For a boot by translation on a machine that is busy with other tests; `CHSNAP_TEST_PATIENCE` times longer on an
+/// emulated host.
+pub static BOOT: LazyLock<Duration> = LazyLock::new(|| {
+    let times = env::var("CHSNAP_TEST_PATIENCE").ok().and_then(|text| text.parse().ok());
+    Duration::from_secs(90 * times.unwrap_or(1))
+});
 
 fn target() -> PathBuf {
     let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../target");
@@ -70,7 +75,7 @@ impl Bench {
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        timeout(BOOT, async {
+        timeout(*BOOT, async {
             while !at("share.sock").exists() {
                 sleep(Duration::from_millis(10)).await;
             }
@@ -86,8 +91,22 @@ impl Bench {
             share_socket: at("share.sock"),
             run_dir: at("run"),
             cgroups: vec![],
+            rung: Rung::Standard,
+            deadline: *BOOT,
         };
         Some(Self { spec, dir, share })
+    }
+
+    /// The same with the guest's own initramfs, whose first process is the agent.
+    pub async fn with_agent() -> Option<Self> {
+        let initramfs = guest()?.join("initramfs");
+        if !initramfs.is_file() {
+            eprintln!("SKIPPED: no {initramfs:?}: run `make setup`");
+            return None;
+        }
+        let mut bench = Self::new("").await?;
+        bench.spec.initramfs = initramfs;
+        Some(bench)
     }
 
     /// Files that a VMM left in its directory.
@@ -106,7 +125,7 @@ impl Drop for Bench {
 /// Waits for the end of a VM.
 pub async fn end(vm: &dyn Vm) -> VmExit {
     let mut exited = vm.exited();
-    match timeout(BOOT, exited.wait_for(Option::is_some)).await {
+    match timeout(*BOOT, exited.wait_for(Option::is_some)).await {
         Ok(exit) => exit.unwrap().clone().unwrap(),
         Err(_) => panic!("still running; console: {}", vm.console()),
     }
@@ -114,7 +133,7 @@ pub async fn end(vm: &dyn Vm) -> VmExit {
 
 /// Waits for a word on the console.
 pub async fn shows(vm: &dyn Vm, word: &str) {
-    let seen = timeout(BOOT, async {
+    let seen = timeout(*BOOT, async {
         while !vm.console().contains(word) && vm.exited().borrow().is_none() {
             sleep(Duration::from_millis(20)).await;
         }

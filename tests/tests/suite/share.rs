@@ -17,7 +17,7 @@ crate::cases! {
 /// Everything a file system has to be able to do.
 const OPERATIONS: &str = "
 set -e
-mkdir -p /work/sub && cd /work
+mkdir -p /data/sub && cd /data
 echo written > plain && chmod 640 plain && chown 1234:5678 plain
 ln -s plain soft && ln plain hard
 echo moved > before && mv before sub/after
@@ -70,8 +70,8 @@ fn in_the_snapshot(env: &Env) -> Result<()> {
     };
     look().context("while it runs")?;
     // Written right before the end, and not synced by anyone.
-    started.sh("echo late > /work/late; dd if=/dev/urandom of=/work/big bs=1M count=5 2>/dev/null")?;
-    let sum = started.sh("sha256sum < /work/big")?;
+    started.sh("echo late > /data/late; dd if=/dev/urandom of=/data/big bs=1M count=5 2>/dev/null")?;
+    let sum = started.sh("sha256sum < /data/big")?;
     started.kill("SIGKILL")?;
     env.ctr().wait_status(&started.id, "STOPPED")?;
     env.ctr().output(["task", "rm", &started.id])?;

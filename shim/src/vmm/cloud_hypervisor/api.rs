@@ -19,12 +19,13 @@ use crate::vmm::ControlError;
 const MAX_HEAD: u64 = 16 << 10;
 /// Of an answer's body; the longest is a running machine's description, about 2 KiB.
 const MAX_BODY: usize = 1 << 20;
-/// For one request. Booting reads the kernel from the disk.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The conversation. After a failure of the socket it is over.
 #[derive(Debug)]
-pub struct Api(Mutex<Option<BufReader<UnixStream>>>);
+pub struct Api {
+    stream: Mutex<Option<BufReader<UnixStream>>>,
+    patience: Duration,
+}
 
 /// An answer.
 struct Answer {
@@ -48,9 +49,9 @@ impl From<std::io::Error> for Failure {
 }
 
 impl Api {
-    /// On a connected socket.
-    pub fn new(stream: UnixStream) -> Self {
-        Self(Mutex::new(Some(BufReader::new(stream))))
+    /// On a connected socket; `patience` is for one request.
+    pub fn new(stream: UnixStream, patience: Duration) -> Self {
+        Self { stream: Mutex::new(Some(BufReader::new(stream))), patience }
     }
 
     /// Asks for something.
@@ -67,11 +68,12 @@ impl Api {
 
     async fn request(&self, method: &str, endpoint: &str, body: Option<&Value>) -> Result<Vec<u8>, ControlError> {
         let command = || endpoint.to_owned();
-        let mut guard = self.0.lock().await;
+        let mut guard = self.stream.lock().await;
         // Taken out, so that a request given up half-way leaves no stream on which the next reads its answer.
         let mut stream = guard.take().ok_or_else(|| ControlError::Closed { command: command() })?;
-        let answer = timeout(PATIENCE, exchange(&mut stream, method, endpoint, body)).await;
-        let answer = answer.map_err(|_| ControlError::Late { command: command(), seconds: PATIENCE.as_secs() })?;
+        let answer = timeout(self.patience, exchange(&mut stream, method, endpoint, body)).await;
+        let late = |_| ControlError::Late { command: command(), seconds: self.patience.as_secs_f32() };
+        let answer = answer.map_err(late)?;
         let Answer { status, body } = answer.map_err(|failure| match failure {
             Failure::Io(source) => ControlError::Io { command: command(), source },
             Failure::Closed => ControlError::Closed { command: command() },
@@ -162,7 +164,7 @@ mod tests {
             assert!(request[..count].starts_with(b"GET /api/v1/vmm.ping HTTP/1.1\r\n"));
             theirs.write_all(bytes).await.unwrap();
         });
-        let answer = Api::new(ours).get("vmm.ping").await;
+        let answer = Api::new(ours, Duration::from_secs(30)).get("vmm.ping").await;
         server.await.unwrap();
         answer
     }
@@ -194,7 +196,7 @@ mod tests {
             let _ = theirs.write_all(b"HTTP/1.1 200 \r\n").await;
             while theirs.write_all(b"X: y\r\n").await.is_ok() {}
         });
-        let error = Api::new(ours).get("vmm.ping").await.unwrap_err();
+        let error = Api::new(ours, Duration::from_secs(30)).get("vmm.ping").await.unwrap_err();
         assert!(error.to_string().contains("endless headers"), "{error}");
         server.await.unwrap();
     }

@@ -7,6 +7,7 @@
 mod api;
 mod events;
 mod machine;
+mod mask;
 #[cfg(test)]
 mod tests;
 
@@ -18,6 +19,7 @@ use std::{
         unix::net::{UnixListener as StdListener, UnixStream as StdStream},
     },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -30,6 +32,7 @@ use tokio::{
 use self::api::Api;
 use super::{
     Accelerator, BootError, Channel, ChannelError, ControlError, Driver, Vm, VmExit, VmSpec, VmmKind,
+    arch::Arch,
     process::{Launch, Leash, Process},
 };
 use crate::child;
@@ -72,7 +75,7 @@ impl Driver for CloudHypervisor {
             listener.set_nonblocking(true)?;
             UnixListener::from_std(listener)
         })?;
-        let (api, api_fd) = socket("API", || api_socket(&spec.run_dir.join("api.sock")))?;
+        let (api, api_fd) = socket("API", || api_socket(&spec.run_dir.join("api.sock"), spec.deadline))?;
         let (events, events_fd) = socket("event", || {
             let (ours, theirs) = StdStream::pair()?;
             ours.set_nonblocking(true)?;
@@ -84,6 +87,7 @@ impl Driver for CloudHypervisor {
             args: vec!["--api-socket".into(), fd(&api_fd), "--event-monitor".into(), fd(&events_fd)],
             fds: vec![api_fd, events_fd],
             cgroups: &spec.cgroups,
+            filter: mask::filter(spec.rung.on(Arch::HOST)).map_err(BootError::Mask)?,
         };
         let leash = Leash::new();
         let listener = tokio::spawn(events::listen(events, leash.clone()));
@@ -153,13 +157,13 @@ fn socket<T>(what: &'static str, make: impl FnOnce() -> io::Result<T>) -> Result
 }
 
 /// A connection that waits for the VMM to accept it, and the socket on which the VMM does so.
-fn api_socket(path: &Path) -> io::Result<(Api, OwnedFd)> {
+fn api_socket(path: &Path, patience: Duration) -> io::Result<(Api, OwnedFd)> {
     let listener = StdListener::bind(path)?;
     let connected = StdStream::connect(path);
     fs::remove_file(path)?;
     let stream = connected?;
     stream.set_nonblocking(true)?;
-    Ok((Api::new(UnixStream::from_std(stream)?), listener.into()))
+    Ok((Api::new(UnixStream::from_std(stream)?, patience), listener.into()))
 }
 
 /// What to do about the usual reasons for which Cloud Hypervisor gives up by itself.

@@ -6,6 +6,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
 use crate::vmm::{
+    Rung,
     arch::Arch,
     kvm, scenarios,
     testing::{Bench, tool},
@@ -26,6 +27,8 @@ fn spec() -> VmSpec {
         share_socket: "/run/pod/share.sock".into(),
         run_dir: "/run/pod".into(),
         cgroups: vec![],
+        rung: Rung::Standard,
+        deadline: Duration::from_secs(30),
     }
 }
 
@@ -50,7 +53,8 @@ async fn replay(expected: Vec<(&'static str, Option<Value>, &'static str)>) -> R
         assert_eq!(theirs.read(&mut [0]).await.unwrap(), 0, "more was asked than expected");
     });
     let driver = CloudHypervisor { program: "unused".into() };
-    let outcome = driver.start(&Api::new(ours), &spec(), Path::new("/run/pod/vsock.sock")).await;
+    let outcome =
+        driver.start(&Api::new(ours, Duration::from_secs(30)), &spec(), Path::new("/run/pod/vsock.sock")).await;
     server.await.unwrap();
     outcome
 }
@@ -127,9 +131,9 @@ fn every_field_is_known_to_the_api() {
 #[tokio::test]
 async fn the_real_program_takes_the_machine_as_described() {
     let (Some(driver), Some(bench)) = (program(), Bench::new("sleep 1000").await) else { return };
-    let (api, api_fd) = api_socket(&bench.spec.run_dir.join("api.sock")).unwrap();
+    let (api, api_fd) = api_socket(&bench.spec.run_dir.join("api.sock"), bench.spec.deadline).unwrap();
     let args = vec!["--api-socket".into(), format!("fd={}", child::fd_number(&api_fd)).into()];
-    let launch = Launch { program: &driver.program, args, fds: vec![api_fd], cgroups: &[] };
+    let launch = Launch { program: &driver.program, args, fds: vec![api_fd], cgroups: &[], filter: None };
     let process = Process::start(launch, Leash::new(), |_| async { false }).unwrap();
     let vsock = bench.spec.run_dir.join("vsock.sock");
     if let Err(StartError::Control(error)) = driver.start(&api, &bench.spec, &vsock).await {
@@ -180,6 +184,12 @@ async fn a_program_that_is_no_cloud_hypervisor_is_an_error_at_once() {
     let Some(bench) = Bench::new("").await else { return };
     let error = CloudHypervisor { program: "/bin/false".into() }.boot(&bench.spec).await.err().unwrap();
     assert!(matches!(error, BootError::Died { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn the_agent_answers() {
+    let Some(driver) = with_kvm().await else { return };
+    scenarios::meets_the_agent(&driver).await;
 }
 
 #[tokio::test]

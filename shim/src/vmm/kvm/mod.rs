@@ -20,7 +20,7 @@ use std::{
     time::Duration,
 };
 
-use kvm_ioctls::{Kvm, VcpuExit};
+use kvm_ioctls::{Cap, Kvm, VcpuExit};
 use nix::{
     libc::{EAGAIN, EINTR},
     sys::{pthread::pthread_kill, signal::Signal},
@@ -72,6 +72,11 @@ impl KvmError {
     pub fn is_lasting(&self) -> bool {
         matches!(self, Self::Unmade(_) | Self::Broken(_))
     }
+}
+
+/// Whether KVM gives arm64 guests performance counters. False where there is no KVM.
+pub fn has_pmu() -> bool {
+    open().is_ok_and(|kvm| kvm.check_extension(Cap::ArmPmuV3))
 }
 
 /// Opens the device.

@@ -7,7 +7,7 @@ use std::{
 
 use chsnap_protocol::{SERIAL_PORT, SHARE_TAG};
 
-use crate::vmm::{Accelerator, VmSpec, arch::Arch};
+use crate::vmm::{Accelerator, Rung, VmSpec, arch::Arch};
 
 /// QEMU's program for a guest.
 pub const fn program(arch: Arch) -> &'static str {
@@ -26,14 +26,29 @@ fn machine(arch: Arch, accelerator: Accelerator) -> &'static str {
     }
 }
 
-fn cpu(arch: Arch, accelerator: Accelerator) -> &'static str {
-    match (arch, accelerator) {
+/// The processor, without what the rung masks. On KVM `pmu_known` says whether KVM has performance counters: where it
+/// has none, QEMU does not know their option either.
+fn cpu(arch: Arch, accelerator: Accelerator, rung: Rung, pmu_known: bool) -> String {
+    let mut model = match (arch, accelerator) {
         // Five-level page tables make every emulated TLB miss dearer, for memory no pod has.
         (Arch::X86_64, Accelerator::Tcg) => "max,la57=off",
         // The architected pointer authentication algorithm costs half of the guest's speed when emulated.
         (Arch::Aarch64, Accelerator::Tcg) => "max,pauth-impdef=on",
         (_, Accelerator::Kvm) => "host",
     }
+    .to_owned();
+    let rung = rung.on(arch);
+    if rung.without_pmu() && (accelerator == Accelerator::Tcg || pmu_known) {
+        model += ",pmu=off";
+    }
+    if rung.without_sve() {
+        model += match accelerator {
+            Accelerator::Tcg => ",sve=off,sme=off",
+            // KVM has no SME to be turned off.
+            Accelerator::Kvm => ",sve=off",
+        };
+    }
+    model
 }
 
 /// Numbers of the descriptors that QEMU inherits.
@@ -46,7 +61,7 @@ pub struct Fds {
 }
 
 /// All arguments for `spec`.
-pub fn args(spec: &VmSpec, arch: Arch, accelerator: Accelerator, fds: Fds) -> Vec<OsString> {
+pub fn args(spec: &VmSpec, arch: Arch, accelerator: Accelerator, pmu_known: bool, fds: Fds) -> Vec<OsString> {
     let mut args = Args::default();
     args.flag("-nodefaults").flag("-no-user-config").flag("-no-reboot").option("-display", ["none"]);
     args.option("-sandbox", ["on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
@@ -60,7 +75,7 @@ pub fn args(spec: &VmSpec, arch: Arch, accelerator: Accelerator, fds: Fds) -> Ve
             Accelerator::Tcg => "tcg,thread=multi",
         }],
     );
-    args.option("-cpu", [cpu(arch, accelerator)]);
+    args.option("-cpu", [cpu(arch, accelerator, spec.rung, pmu_known)]);
     args.option("-smp", [spec.cpus.to_string()]);
     args.option("-m", [format!("{}M", spec.memory_mib)]);
     // virtiofsd maps the guest's memory, so it has to be shared.
@@ -118,11 +133,13 @@ mod tests {
             share_socket: "/run/a,b/share.sock".into(),
             run_dir: "/run/chsnap/k8s.io/pod,1".into(),
             cgroups: vec![],
+            rung: Rung::Standard,
+            deadline: std::time::Duration::from_secs(30),
         }
     }
 
     fn line(arch: Arch, accelerator: Accelerator) -> Vec<String> {
-        let args = args(&spec(), arch, accelerator, Fds { agent: 7, qmp: 9 });
+        let args = args(&spec(), arch, accelerator, true, Fds { agent: 7, qmp: 9 });
         args.into_iter().map(|arg| arg.into_string().unwrap()).collect()
     }
 
@@ -155,6 +172,18 @@ mod tests {
         assert!(values(&tcg, "-append")[0].starts_with("console=ttyAMA0 "));
         let kvm = line(Arch::Aarch64, Accelerator::Kvm);
         assert_eq!((values(&kvm, "-accel")[0], values(&kvm, "-cpu")[0]), ("kvm", "host"));
+    }
+
+    #[test]
+    fn a_rung_masks_where_it_means_something() {
+        use Accelerator::{Kvm, Tcg};
+        let arm = |accelerator, rung, pmu_known| cpu(Arch::Aarch64, accelerator, rung, pmu_known);
+        assert_eq!(arm(Kvm, Rung::NoPmu, true), "host,pmu=off");
+        assert_eq!(arm(Kvm, Rung::Aggressive, true), "host,pmu=off,sve=off");
+        assert_eq!(arm(Kvm, Rung::Aggressive, false), "host,sve=off");
+        assert_eq!(arm(Tcg, Rung::NoPmu, false), "max,pauth-impdef=on,pmu=off");
+        assert_eq!(arm(Tcg, Rung::Aggressive, false), "max,pauth-impdef=on,pmu=off,sve=off,sme=off");
+        assert_eq!(cpu(Arch::X86_64, Kvm, Rung::Aggressive, true), "host");
     }
 
     #[test]

@@ -22,8 +22,9 @@ use self::{
     qmp::{Qmp, Version},
 };
 use super::{
-    Accelerator, BootError, Channel, ChannelError, Driver, Vm, VmExit, VmSpec, VmmKind,
+    Accelerator, BootError, Channel, ChannelError, Driver, Rung, Vm, VmExit, VmSpec, VmmKind,
     arch::Arch,
+    kvm,
     process::{Launch, Leash, Process},
 };
 use crate::child;
@@ -65,13 +66,15 @@ impl Driver for Qemu {
         let (control, control_fd) = socket_pair("QMP")?;
         let control = UnixStream::from_std(control).map_err(|source| BootError::Socket { what: "QMP", source })?;
         let fds = Fds { agent: child::fd_number(&agent_fd), qmp: child::fd_number(&control_fd) };
+        let pmu_known = spec.rung != Rung::Standard && kvm::has_pmu();
         let launch = Launch {
             program: &self.program,
-            args: args::args(spec, Arch::HOST, self.accelerator, fds),
+            args: args::args(spec, Arch::HOST, self.accelerator, pmu_known, fds),
             fds: vec![agent_fd, control_fd],
             cgroups: &spec.cgroups,
+            filter: None,
         };
-        let (qmp, listener) = Qmp::start(control);
+        let (qmp, listener) = Qmp::start(control, spec.deadline);
         let by_guest = |_| async { listener.await.unwrap_or(false) };
         let process = Process::start(launch, Leash::new(), by_guest)?;
         match qmp.negotiate().await {

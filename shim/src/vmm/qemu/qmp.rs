@@ -23,8 +23,6 @@ use crate::vmm::ControlError;
 
 /// A longer line is not believed: the VMM is what a hostile guest breaks into first.
 const MAX_LINE: u64 = 1 << 20;
-/// For one command. Generous: the first answer comes only when QEMU has built the machine, on however busy a host.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 type Pending = Arc<Mutex<Waiting>>;
 
@@ -34,6 +32,7 @@ pub struct Qmp {
     writer: AsyncMutex<OwnedWriteHalf>,
     pending: Pending,
     version: Arc<OnceLock<Version>>,
+    patience: Duration,
 }
 
 /// QEMU's version, as it greets.
@@ -56,13 +55,14 @@ struct Waiting {
 
 impl Qmp {
     /// Starts the conversation on a connected socket. The task ends with the socket, and tells whether the guest
-    /// asked for the end of the machine.
-    pub fn start(stream: UnixStream) -> (Self, JoinHandle<bool>) {
+    /// asked for the end of the machine. `patience` is for one command; the first is answered only when QEMU has built
+    /// the machine.
+    pub fn start(stream: UnixStream, patience: Duration) -> (Self, JoinHandle<bool>) {
         let (reader, writer) = stream.into_split();
         let pending = Pending::default();
         let version = Arc::new(OnceLock::new());
         let listener = tokio::spawn(listen(reader, pending.clone(), version.clone()));
-        (Self { writer: AsyncMutex::new(writer), pending, version }, listener)
+        (Self { writer: AsyncMutex::new(writer), pending, version, patience }, listener)
     }
 
     /// Leaves negotiation, which QEMU answers once the machine is built, and tells the version.
@@ -90,8 +90,8 @@ impl Qmp {
         if !arguments.is_null() {
             request["arguments"] = arguments;
         }
-        let late = || ControlError::Late { command: command.into(), seconds: PATIENCE.as_secs() };
-        let answered = timeout(PATIENCE, async {
+        let late = || ControlError::Late { command: command.into(), seconds: self.patience.as_secs_f32() };
+        let answered = timeout(self.patience, async {
             let line = format!("{request}\n");
             match self.writer.lock().await.write_all(line.as_bytes()).await {
                 Ok(()) => {}

@@ -9,7 +9,7 @@ use tokio::{
 
 use super::*;
 use crate::vmm::{
-    scenarios,
+    kvm, scenarios,
     testing::{BOOT, Bench, end, tool},
 };
 
@@ -39,9 +39,26 @@ async fn the_agent_channel_carries_bytes_both_ways_and_can_be_opened_again() {
         channel.write_all(b"end\n").await.unwrap();
         channel.read_exact(&mut echo[..4]).await.unwrap();
     };
-    timeout(BOOT, talk).await.unwrap_or_else(|_| panic!("no echo; console: {}", vm.console()));
+    timeout(*BOOT, talk).await.unwrap_or_else(|_| panic!("no echo; console: {}", vm.console()));
     assert!(end(&*vm).await.by_guest);
     assert!(bench.leftovers().is_empty());
+}
+
+#[tokio::test]
+async fn the_agent_answers() {
+    let Some(qemu) = qemu() else { return };
+    scenarios::meets_the_agent(&qemu).await;
+}
+
+#[tokio::test]
+async fn kvm_is_used_where_it_works() {
+    let Some(qemu) = qemu() else { return };
+    let usable = async { kvm::try_out(kvm::open()?).await };
+    if let Err(error) = usable.await {
+        eprintln!("SKIPPED: {error}");
+        return;
+    }
+    scenarios::powers_off(&Qemu { accelerator: Accelerator::Kvm, ..qemu }).await;
 }
 
 #[tokio::test]

@@ -1,0 +1,71 @@
+//! The rungs of the strategy ladder: which CPU features a guest does without.
+//!
+//! On arm64 hosts whose KVM refuses the registers of a feature, a guest without the feature can still be snapshotted
+//! and restored. So a rung is a mask of features, the same whichever VMM applies it.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::arch::Arch;
+
+/// A mask of CPU features.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rung {
+    /// Everything the host offers.
+    #[default]
+    Standard,
+    /// Without performance counters (PMUv3).
+    NoPmu,
+    /// Without performance counters and without scalable vectors (SVE, and SME, which is built on it).
+    Aggressive,
+}
+
+impl Rung {
+    /// From the fullest to the barest.
+    pub const LADDER: [Self; 3] = [Self::Standard, Self::NoPmu, Self::Aggressive];
+
+    /// No performance counters.
+    pub(super) fn without_pmu(self) -> bool {
+        self >= Self::NoPmu
+    }
+
+    /// No scalable vectors.
+    pub(super) fn without_sve(self) -> bool {
+        self >= Self::Aggressive
+    }
+
+    /// The rung that this is on a processor of that kind: x86_64 has neither feature in this sense.
+    pub(super) fn on(self, arch: Arch) -> Self {
+        match arch {
+            Arch::Aarch64 => self,
+            Arch::X86_64 => Self::Standard,
+        }
+    }
+}
+
+impl fmt::Display for Rung {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Standard => "standard",
+            Self::NoPmu => "no-pmu",
+            Self::Aggressive => "aggressive",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_rung_masks_more_than_the_one_before() {
+        let masks = Rung::LADDER.map(|rung| (rung.without_pmu(), rung.without_sve()));
+        assert_eq!(masks, [(false, false), (true, false), (true, true)]);
+        assert_eq!(Rung::LADDER.map(|rung| rung.on(Arch::X86_64)), [Rung::Standard; 3]);
+        for rung in Rung::LADDER {
+            assert_eq!(serde_json::to_value(rung).unwrap(), rung.to_string());
+        }
+    }
+}
