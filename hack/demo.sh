@@ -107,7 +107,7 @@ mv "$TARGET/demo.json.new" "$TARGET/demo.json"
 
 say "taking everything down"
 "$ROOT/hack/containerd.sh" stop "$DIR"
-left=$(pgrep -f -- "$DIR/" | grep -vx $$ || true)
+left=$(processes_naming "$DIR/")
 [ -z "$left" ] || die "left behind: $(ps -o pid=,args= -p "$(paste -sd, <<<"$left")")"
 
 jq -r '"

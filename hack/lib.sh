@@ -12,8 +12,9 @@ TOOLS=$TARGET/tools
 BIN=$TOOLS/bin
 mkdir -p "$LOGS" "$BIN"
 export CHSNAP_TARGET=$TARGET
-# Where setup.sh had to bring a Rust of its own; see part_rust there.
-[ ! -d "$TOOLS/rust/bin" ] || PATH=$TOOLS/rust/bin:$PATH
+# Where setup.sh had to bring a Rust of its own; see part_rust there. It may do so after this line, for
+# the script that sources it.
+PATH=$TOOLS/rust/bin:$PATH
 
 say() { printf '%s\n' "chsnap: $*" >&2; }
 die() {
@@ -37,6 +38,19 @@ step() {
     return "$rc"
   fi
   [ $((SECONDS - start)) -lt 3 ] || say "$what: done in $((SECONDS - start)) s"
+}
+
+# processes_naming <string>: ids of the processes with that string in their command lines, but for this
+# script and what it runs.
+processes_naming() {
+  local file pid args
+  for file in /proc/[0-9]*/cmdline; do
+    pid=${file#/proc/}
+    pid=${pid%/cmdline}
+    # A process may end meanwhile.
+    { args=$(tr '\0' ' ' <"$file"); } 2>/dev/null || continue
+    [[ $pid == "$$" || $args != *"$1"* ]] || printf '%s\n' "$pid"
+  done
 }
 
 have() { command -v "$1" >/dev/null 2>&1; }

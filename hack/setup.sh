@@ -24,6 +24,7 @@ part_packages() {
     esac
   done <<LIST
 gcc gcc
+/usr/include/stdio.h libc6-dev
 make make
 pkg-config pkg-config
 /usr/lib/$(multiarch "$(host_arch)")/pkgconfig/libseccomp.pc libseccomp-dev
@@ -34,6 +35,7 @@ ip iproute2
 jq jq
 mke2fs e2fsprogs
 mmdebstrap mmdebstrap
+ps procps
 shellcheck shellcheck
 xz xz-utils
 zstd zstd
@@ -77,14 +79,24 @@ part_rust() {
   if [ -n "$v" ] && version_ge "$v" "$RUST_VERSION"; then return 0; fi
   say "cargo is ${v:-missing} and $RUST_VERSION is needed: taking the distribution's newest"
   unpack_rust "$dir"
-  # lib.sh has put this directory first in PATH, if it existed then.
-  PATH=$dir/bin:$PATH
+  # lib.sh has put its programs first in PATH.
   hash -r
   v=$(cargo_version cargo)
   if [ -z "$v" ] || ! version_ge "$v" "$RUST_VERSION"; then
     die "cargo of $(codename) is ${v:-not runnable}, not $RUST_VERSION or newer: install Rust with rustup, then run this again"
   fi
   say "Rust: $(rustc --version) in $dir"
+}
+
+# What `make check` needs of Rust beside the compiler. rustup can be installed without.
+part_rust_lints() {
+  if cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1; then return 0; fi
+  say "this Rust has no rustfmt or no clippy: taking the distribution's newest"
+  unpack_rust "$TOOLS/rust"
+  hash -r
+  if ! cargo fmt --version >/dev/null || ! cargo clippy --version >/dev/null; then
+    die "the Rust in $TOOLS/rust does not format and lint either: add the components rustfmt and clippy to yours"
+  fi
 }
 
 # For the other architecture's agent: Rust's standard library for it and a linker. Where the Rust in
@@ -211,7 +223,7 @@ if [ ${#parts[@]} -eq 0 ] || [ "${parts[0]}" = all ]; then read -ra parts <<<"$P
 for part in "${parts[@]}"; do
   take_lock "setup-$part"
   case $part in
-    packages | rust | cross | qemu | qemu-arm64 | virtiofsd | containerd | cargo-deny) "part_${part//-/_}" ;;
-    *) die "setup.sh: no part '$part'; there are: $PARTS cross qemu-arm64 cargo-deny" ;;
+    packages | rust | rust-lints | cross | qemu | qemu-arm64 | virtiofsd | containerd | cargo-deny) "part_${part//-/_}" ;;
+    *) die "setup.sh: no part '$part'; there are: $PARTS rust-lints cross qemu-arm64 cargo-deny" ;;
   esac
 done
