@@ -9,7 +9,9 @@ signs it; only the suite is replaced. Mirrors, proxies and keys therefore stay t
 
 import glob
 import re
+import subprocess
 import sys
+import tempfile
 
 DEBIAN = {"bookworm", "trixie", "forky", "sid", "oldstable", "stable", "testing", "unstable"}
 
@@ -68,40 +70,65 @@ def entries():
         yield from deb822(path)
 
 
-def looks_debian(entry):
-    """Other vendors use Debian's suite names too; theirs have a key and a path of their own."""
-    if "main" not in entry["components"]:
-        return False
-    key = entry["signed-by"]
-    if key and "debian" not in key and "BEGIN PGP" not in key:
-        return False
-    return True
+def origins():
+    """What apt has read of the archives so far: (URI, suite) -> origin."""
+    listing = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(ORIGIN)", "Created-By: Packages"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False,
+    ).stdout
+    rows = (line.split(" ", 2) for line in listing.splitlines())
+    return {(row[0].rstrip("/"), row[1]): row[2] for row in rows if len(row) == 3}
 
 
-def rank(entry):
-    """The likeliest Debian archive first."""
-    return (
-        0 if "debian" in entry["signed-by"] else 1,
-        0 if any("debian" in u for u in entry["uris"]) else 1,
-    )
+def rank(known):
+    """Other vendors use Debian's suite names too. First the archives that say that they are Debian's, then the
+    likeliest; a company's mirror may have a key and a path of its own."""
+
+    def key(entry):
+        said = {known.get((u.rstrip("/"), s)) for u in entry["uris"] for s in entry["suites"]} - {None, ""}
+        return (
+            0 if "Debian" in said else 2 if said else 1,
+            0 if "debian" in entry["signed-by"] else 1,
+            0 if any("debian" in u for u in entry["uris"]) else 1,
+            0 if any(s.endswith("-updates") for s in entry["suites"]) else 1,
+        )
+
+    return key
+
+
+def reachable(uri, suite):
+    """Whether apt, with the machine's proxies and certificates, finds such a suite there."""
+    with tempfile.TemporaryDirectory() as scratch:
+        done = subprocess.run(
+            ["/usr/lib/apt/apt-helper", "-o", "APT::Sandbox::User=root", "download-file",
+             f"{uri}/dists/{suite}/InRelease", f"{scratch}/InRelease"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
+        )
+    return done.returncode == 0
+
+
+def beside(entry, suite):
+    """Mirrors have the security archive beside the other, if at all."""
+    uris = [re.sub(r"/debian/*$", "/debian-security", u) for u in entry["uris"] if re.search(r"/debian/*$", u)]
+    uris = [u for u in uris if reachable(u, suite)]
+    return {**entry, "uris": uris} if uris else None
 
 
 def main(wanted):
-    found = sorted((e for e in entries() if looks_debian(e)), key=rank)
+    found = sorted((e for e in entries() if "main" in e["components"]), key=rank(origins()))
     archive = [e for e in found if any(s in DEBIAN for s in e["suites"])]
     security = [e for e in found if any(re.fullmatch(r"\w+-security", s) for s in e["suites"])]
     if not archive:
         sys.exit(
-            "apt_sources.py: no Debian archive (suite such as bookworm, component main) among "
+            "chsnap: error: no Debian archive (a suite such as bookworm, component main) among "
             "/etc/apt/sources.list and /etc/apt/sources.list.d: add one"
         )
     for suite in wanted:
+        entry = archive[0]
         if suite.endswith("-security"):
-            if not security:
-                continue  # a machine without security updates gets none here either
-            entry = security[0]
-        else:
-            entry = archive[0]
+            entry = security[0] if security else beside(archive[0], suite)
+            if not entry:
+                continue  # apt.sh says so when something is missing for want of it
         print("Types: deb")
         print("URIs:", " ".join(entry["uris"]))
         print("Suites:", suite)

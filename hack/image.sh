@@ -24,6 +24,8 @@ set -e
 cp "$1/usr/share/base-passwd/passwd.master" "$1/etc/passwd"
 cp "$1/usr/share/base-passwd/group.master" "$1/etc/group"
 cat "$1"/usr/share/ca-certificates/mozilla/*.crt >"$1/etc/ssl/certs/ca-certificates.crt"
+# The proxy of this machine is no business of the image.
+rm -f "$1/etc/apt/apt.conf.d/99mmdebstrap"
 # Another architecture goes without, as nothing of it runs here.
 [ -n "${FOREIGN:-}" ] || chroot "$1" python3 -m compileall -q -x "/(test|lib2to3)/" /usr/lib/python3.*
 '
@@ -33,7 +35,8 @@ cat "$1"/usr/share/ca-certificates/mozilla/*.crt >"$1/etc/ssl/certs/ca-certifica
 make_rootfs() {
   # The private configuration's sources: the machine's mirror for the machine's release.
   mmdebstrap --variant=extract --mode=root --architectures="$ARCH" --include="$PACKAGES" \
-    --extract-hook="$FINISH" "$SUITE" "$OUT/rootfs.new.tar" "$APT/$SUITE-$ARCH/chsnap.sources"
+    --aptopt="$APT/$SUITE-$ARCH/acquire.conf" --extract-hook="$FINISH" \
+    "$SUITE" "$OUT/rootfs.new.tar" "$APT/$SUITE-$ARCH/chsnap.sources" || return
   mv "$OUT/rootfs.new.tar" "$OUT/rootfs.tar"
 }
 

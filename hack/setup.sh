@@ -83,7 +83,7 @@ part_rust() {
   hash -r
   v=$(cargo_version cargo)
   if [ -z "$v" ] || ! version_ge "$v" "$RUST_VERSION"; then
-    die "cargo of $(codename) is ${v:-not runnable}, not $RUST_VERSION or newer: install Rust with rustup, then run this again"
+    die "cargo of $(codename) is ${v:-not runnable}, not $RUST_VERSION or newer$(security_note "$(codename)" "$(host_arch)"). Or install Rust with rustup, then run this again"
   fi
   say "Rust: $(rustc --version) in $dir"
 }
@@ -175,13 +175,22 @@ part_qemu() {
 # Only for `make test-node`: a machine of the other kind, emulated.
 part_qemu_arm64() { qemu_for qemu-system-aarch64 qemu-system-arm qemu-arm64; }
 
+# cargo_install <crate> <version> [option...]: into target/tools/<crate>, and its program into target/tools/bin.
+# Cargo would compile in /tmp, which may be memory.
+cargo_install() {
+  local crate=$1 version=$2 build=$TARGET/install-$1
+  shift 2
+  step "$crate" "building $crate $version (some minutes)" \
+    env CARGO_TARGET_DIR="$build" cargo install "$crate" --version "$version" --locked --force --root "$TOOLS/$crate" "$@" ||
+    die "$crate $version could not be built"
+  rm -rf "$build"
+  ln -sfn "../$crate/bin/$crate" "$BIN/$crate"
+}
+
 # Debian 12's virtiofsd is the old one in C, newer suites' need a newer C library.
 part_virtiofsd() {
   if [ "$("$BIN/virtiofsd" --version 2>/dev/null)" = "virtiofsd $VIRTIOFSD_VERSION" ]; then return 0; fi
-  step virtiofsd "building virtiofsd $VIRTIOFSD_VERSION (some minutes)" \
-    cargo install virtiofsd --version "$VIRTIOFSD_VERSION" --locked --force --root "$TOOLS/virtiofsd" ||
-    die "virtiofsd $VIRTIOFSD_VERSION could not be built"
-  ln -sfn ../virtiofsd/bin/virtiofsd "$BIN/virtiofsd"
+  cargo_install virtiofsd "$VIRTIOFSD_VERSION"
 }
 
 # containerd_from <suite> <version wanted> <name below target/tools>
@@ -210,10 +219,7 @@ part_containerd() {
 # Unoptimised: it runs for a second, and building it is what takes long.
 part_cargo_deny() {
   if "$BIN/cargo-deny" --version >/dev/null 2>&1; then return 0; fi
-  step cargo-deny "building cargo-deny $CARGO_DENY_VERSION (some minutes)" \
-    env CARGO_PROFILE_DEV_DEBUG=0 cargo install cargo-deny --debug --version "$CARGO_DENY_VERSION" --locked --root "$TOOLS/cargo-deny" ||
-    die "cargo-deny could not be built"
-  ln -sfn ../cargo-deny/bin/cargo-deny "$BIN/cargo-deny"
+  CARGO_PROFILE_DEV_DEBUG=0 cargo_install cargo-deny "$CARGO_DENY_VERSION" --debug
 }
 
 PARTS="packages rust qemu virtiofsd containerd"

@@ -29,7 +29,9 @@ MODULES=(virtio_net:d00000001 vmw_vsock_virtio_transport:d00000013 overlay)
 
 # The versioned package that the suite's cloud kernel stands for.
 kernel_package() {
-  apt-cache -c "$(apt_config "$1" "$ARCH")" depends "linux-image-cloud-$ARCH" |
+  local conf
+  conf=$(apt_config "$1" "$ARCH") || return
+  apt-cache -c "$conf" depends "linux-image-cloud-$ARCH" |
     sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | tail -n 1
 }
 
@@ -50,7 +52,7 @@ build_kernel() {
   if [ -f "$KERNEL" ] && [ -d "$OUT/modules" ] && stamped "kernel-$ARCH" distribution; then return 0; fi
   suite=$(newer_suite)
   apt_update "$suite" "$ARCH"
-  package=$(kernel_package "$suite")
+  package=$(kernel_package "$suite") || die "no package linux-image-cloud-$ARCH in $suite"
   [ -n "$package" ] || die "no package linux-image-cloud-$ARCH in $suite"
   fetch_debs "$suite" "$ARCH" "$tmp" alone "$package"
   python3 "$ROOT/hack/guest/extract_kernel.py" "$tmp"/boot/vmlinuz-* "$KERNEL"
@@ -98,7 +100,15 @@ take_lock "guest-$ARCH"
 case $WHAT in
   kernel) build_kernel ;;
   busybox) build_busybox ;;
-  initramfs) build_busybox && build_initramfs ;;
-  all) build_kernel && build_busybox && build_initramfs ;;
+  # One after the other, for `a && b` would have a go on after an error.
+  initramfs)
+    build_busybox
+    build_initramfs
+    ;;
+  all)
+    build_kernel
+    build_busybox
+    build_initramfs
+    ;;
   *) die "build.sh: '$WHAT' is none of kernel, busybox, initramfs, all" ;;
 esac

@@ -43,8 +43,10 @@ finish() {
 }
 
 unpack() {
-  rm -rf "$DIR.new"
-  mmdebstrap --variant=extract --mode=root --architectures="$ARCH" --include="$PACKAGES" "$SUITE" "$DIR.new" "$APT/$SUITE-$ARCH/chsnap.sources"
+  rm -rf "$DIR.new" || return
+  mmdebstrap --variant=extract --mode=root --architectures="$ARCH" --include="$PACKAGES" \
+    --aptopt="$APT/$SUITE-$ARCH/acquire.conf" "$SUITE" "$DIR.new" "$APT/$SUITE-$ARCH/chsnap.sources" || return
+  rm -f "$DIR.new/etc/apt/apt.conf.d/99mmdebstrap"
 }
 
 # The same places below target/ as setup.sh makes on a machine of that architecture.
