@@ -4,6 +4,8 @@ set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-mounted=$(awk -v t="$TARGET/" 'index($5, t) == 1 { print $5; exit }' /proc/self/mountinfo)
-[ -z "$mounted" ] || die "$mounted is still mounted: stop the containerd that uses it (hack/containerd.sh stop <directory>)"
-rm -rf "${TARGET:?}"
+mapfile -d '' -t mounted < <(mounts_below "$TARGET")
+[ ${#mounted[@]} -eq 0 ] ||
+  die "${mounted[0]} is still mounted: stop the containerd that uses it (hack/containerd.sh stop <directory>)"
+# Should something get mounted meanwhile, it is not emptied.
+rm -rf --one-file-system "${TARGET:?}"

@@ -81,11 +81,6 @@ end_tasks() {
   done
 }
 
-# Deepest first.
-mounts_below() {
-  awk -v a="$1/" -v b="$2/" 'index($5, a) == 1 || index($5, b) == 1 { print $5 }' /proc/self/mountinfo | sort -r
-}
-
 stop() {
   local pid left
   set_paths "$1"
@@ -102,9 +97,10 @@ stop() {
       sleep 0.2
     fi
   fi
-  for left in $(mounts_below "$DIR/root" "$STATE"); do
+  # Images mounted beside its own directories are in them all the same.
+  while IFS= read -r -d '' left; do
     umount -l "$left" || true
-  done
+  done < <(mounts_below "$DIR" && mounts_below "$STATE")
   rm -rf "$STATE" "$PIDFILE"
   rmdir /run/chsnap-dev 2>/dev/null || true
 }

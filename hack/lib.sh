@@ -2,8 +2,9 @@
 # Shared by the scripts in hack/: messages, logs, the lock, stamps. Sourced, never run.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# Everything that is made goes below TARGET; nothing else on the machine is written to,
-# except for packages that `setup.sh packages` has to install.
+# Everything that is made goes below TARGET; nothing else on the machine is written to, except for packages
+# that `setup.sh packages` has to install, cargo's own cache (~/.cargo), and sockets and mounts below
+# /run/chsnap-dev while something runs.
 TARGET=${CHSNAP_TARGET:-$ROOT/target}
 mkdir -p "$TARGET"
 TARGET=$(cd "$TARGET" && pwd -P)
@@ -103,6 +104,16 @@ multiarch() {
     arm64) echo aarch64-linux-gnu ;;
     *) die "no library directory is known for the architecture $1" ;;
   esac
+}
+
+# mounts_below <directory>: what is mounted below it, deepest first, each with a NUL at its end.
+mounts_below() {
+  local at
+  while read -r _ _ _ _ at _; do
+    # The kernel writes a space as \040.
+    printf -v at %b "$at"
+    [[ $at != "$1"/* ]] || printf '%s\0' "$at"
+  done </proc/self/mountinfo | sort -rz
 }
 
 # take_lock <name>: one such step at a time, since two would unpack over each other. The lock ends
