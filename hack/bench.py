@@ -12,11 +12,15 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 
-# What the shim does by itself; the rest of a start is containerd, the VMM or the guest.
+import shim_start
+
+# The phases that are the shim's alone. In the others it works beside containerd, the VMM and the guest, and
+# waits for them: there its processor time counts. That is taken for the whole start, so what these
+# phases compute is counted twice: the sum is an upper bound.
 OWN = ("shim start", "prepare", "select", "share")
+MIN_RUNS = 5
 LIMIT_OWN_MS = 50
 LIMIT_SHIM_KIB = 10 * 1024
 ID = "bench"
@@ -51,6 +55,11 @@ def rss(pid):
         if line.startswith("VmRSS:"):
             return int(line.split()[1])
     return 0
+
+
+def cpu_ms(pid):
+    """Processor time of all threads, those that have ended included: clock_getcpuclockid(3)."""
+    return time.clock_gettime(~pid << 3 | 2) * 1e3
 
 
 def processes_of(parent):
@@ -91,6 +100,7 @@ class Bench:
         until_answer(pod / "8080.sock")
         answered = now()
         state = json.loads((pod / "state.json").read_text())
+        cpu = cpu_ms(state["pid"])
         self.note("first_response_ms", "direct", answered - began)
         created = 0
         for name, us in state["phases_us"]:
@@ -98,6 +108,7 @@ class Bench:
             created += us / 1e3
         self.note("phases_ms", "ctr, containerd and shim start", ran - began - created)
         self.note("phases_ms", "process", answered - ran)
+        self.note("shim_own_ms", "processor time", cpu)
         self.note("rss_kib", "shim", rss(state["pid"]))
         self.note("rss_kib", "vmm", rss(state["vmm_pid"]))
         self.note("rss_kib", "virtiofsd",
@@ -123,38 +134,19 @@ class Bench:
         if bare.returncode != 0:
             sys.exit("bench: the guest started by hand did not end well")
 
-    def shim_start(self):
-        """containerd's `start` action by hand: until the server's address is printed."""
-        with tempfile.TemporaryDirectory() as bundle:
-            pathlib.Path(bundle, "config.json").write_text('{"ociVersion": "1.0.2"}')
-            os.mkfifo(pathlib.Path(bundle, "log"))
-            log = os.open(pathlib.Path(bundle, "log"), os.O_RDWR | os.O_NONBLOCK)
-            env = {**os.environ, "TTRPC_ADDRESS": self.args.address + ".ttrpc"}
-            shim = pathlib.Path(self.args.bin, "containerd-shim-chsnap-v2")
-            began = now()
-            done = subprocess.run([shim, "-namespace", "bench", "-id", "start", "-address", self.args.address, "start"],
-                                  cwd=bundle, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-            took = now() - began
-            if done.returncode != 0 or not done.stdout.startswith("unix://"):
-                sys.exit(f"bench: the shim's start action failed: {done.stderr.strip()}")
-            self.note("phases_ms", "shim start", took)
-            for pid in filter(str.isdigit, os.listdir("/proc")):
-                if os.path.exists(f"/proc/{pid}/cwd") and os.path.realpath(f"/proc/{pid}/cwd") == bundle:
-                    os.kill(int(pid), 15)
-                    while os.path.exists(f"/proc/{pid}"):
-                        time.sleep(0.005)
-            os.close(log)
-
     def run(self):
         runs = self.args.runs
         for i in range(runs):
             print(f"chsnap: run {i + 1} of {runs}", file=sys.stderr, flush=True)
-            self.shim_start()
+            shim = pathlib.Path(self.args.bin, "containerd-shim-chsnap-v2")
+            self.note("phases_ms", "shim start", shim_start.measure(str(shim), self.args.address))
             self.through_ctr()
             self.by_hand()
         phases = self.series["phases_ms"]
         for i in range(runs):
-            self.note("shim_own_ms", "total", sum(phases[name][i] for name in OWN))
+            own = sum(phases[name][i] for name in OWN)
+            self.note("shim_own_ms", "own phases", own)
+            self.note("shim_own_ms", "total", own + self.series["shim_own_ms"]["processor time"][i])
         return {group: {name: spread(values) for name, values in names.items()}
                 for group, names in self.series.items()}
 
@@ -168,8 +160,16 @@ def show(result):
         print(f"\n  {group:32}    median       min       max")
         for name, s in result[group].items():
             print(f"    {name:32}{s['median']:10.1f}{s['min']:10.1f}{s['max']:10.1f}")
+
+
+def missed(result):
+    """What is above its limit."""
     own, kib = result["shim_own_ms"]["total"]["median"], result["rss_kib"]["shim"]["max"]
     print(f"\n  the shim's own share: {own:.1f} ms (limit {LIMIT_OWN_MS}); its memory: {kib:.0f} KiB (limit {LIMIT_SHIM_KIB})")
+    if own >= LIMIT_OWN_MS:
+        yield f"the shim's own share of a start is {own:.1f} ms (median), not below {LIMIT_OWN_MS}"
+    if kib >= LIMIT_SHIM_KIB:
+        yield f"the shim's resident memory is {kib:.0f} KiB, not below {LIMIT_SHIM_KIB}"
 
 
 def main():
@@ -178,13 +178,16 @@ def main():
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
-    if args.runs < 1:
-        parser.error("--runs must be 1 or more")
+    if args.runs < MIN_RUNS:
+        parser.error(f"--runs must be {MIN_RUNS} or more")
     result = Bench(args).run()
     result["runs"] = args.runs
     result["machine"] = {"cpus": os.cpu_count(), "kernel": platform.release(), "arch": platform.machine()}
     pathlib.Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
     show(result)
+    for text in (failures := list(missed(result))):
+        print(f"chsnap: error: {text}", file=sys.stderr)
+    sys.exit(1 if failures else 0)
 
 
 if __name__ == "__main__":

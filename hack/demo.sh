@@ -13,8 +13,9 @@ VERSION=${CHSNAP_DEMO_CONTAINERD:-1.6}
 PORT=${CHSNAP_DEMO_PORT:-18080}
 IMAGE=localhost/chsnap/python-demo:latest
 DIR=$TARGET/demo
-# Short: it holds sockets.
-export CHSNAP_STATE_DIR=/run/chsnap-dev/demo
+CHSNAP_STATE_DIR=$(run_dir demo)
+export CHSNAP_STATE_DIR
+SHIM=${CHSNAP_BIN_DIR:-$TARGET/release}/containerd-shim-chsnap-v2
 URL=http://127.0.0.1:$PORT
 
 "$ROOT/hack/setup.sh"
@@ -22,6 +23,13 @@ URL=http://127.0.0.1:$PORT
 "$ROOT/hack/image.sh"
 
 take_lock demo
+# Of an earlier run that was killed, which may hold the port.
+"$ROOT/hack/containerd.sh" stop "$DIR"
+rm -rf --one-file-system "$DIR" "$CHSNAP_STATE_DIR"
+if (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; then
+  die "port $PORT of the loopback is taken: choose another with CHSNAP_DEMO_PORT"
+fi
+
 id=
 cleanup() {
   local status=$?
@@ -38,13 +46,6 @@ cleanup() {
 trap cleanup EXIT
 trap 'exit 130' INT TERM
 
-if (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; then
-  die "port $PORT of the loopback is taken: choose another with CHSNAP_DEMO_PORT"
-fi
-
-# Of an earlier run that was killed.
-"$ROOT/hack/containerd.sh" stop "$DIR"
-rm -rf "$DIR"
 mkdir -p "$DIR/runs"
 "$ROOT/hack/config.sh" "$DIR/chsnap.toml"
 
@@ -56,12 +57,15 @@ chsnap=("${CHSNAP_BIN_DIR:-$TARGET/release}/chsnap")
 "${ctr[@]}" images import "$TARGET/image/python.tar" >"$LOGS/demo-import.log" 2>&1 ||
   die "the image could not be imported: $(tail -n 3 "$LOGS/demo-import.log")"
 
+# The loopback is not behind a proxy, whatever the environment says.
+ask() { curl --noproxy '*' -s "$@"; }
+
 now_ms() { date +%s%3N; }
 
 # Waits until the service answers, and prints the milliseconds since $1.
 first_response() {
   local t0=$1 deadline=$(($1 + 120000))
-  until curl -sf -m 2 -o /dev/null "$URL/healthz"; do
+  until ask -f -m 2 -o /dev/null "$URL/healthz"; do
     [ "$(now_ms)" -lt "$deadline" ] || die "no answer at $URL within 120 s"
     "${ctr[@]}" task ls 2>/dev/null | grep -q "^$id .*RUNNING" || die "the container ended before it answered"
     sleep 0.02
@@ -71,24 +75,29 @@ first_response() {
 
 for run in $(seq "$RUNS"); do
   id=demo-$run
+  start_ms=$("$ROOT/hack/shim_start.py" "$SHIM" "$address")
   say "run $run of $RUNS: ctr run -d --runtime io.containerd.chsnap.v2 --annotation io.chsnap.expose=127.0.0.1:$PORT:8080 ... $id"
   t0=$(now_ms)
   "${ctr[@]}" run -d --runtime io.containerd.chsnap.v2 --runtime-config-path "$DIR/chsnap.toml" \
     --annotation "io.chsnap.expose=127.0.0.1:$PORT:8080" "$IMAGE" "$id" 9>&-
+  ran=$(($(now_ms) - t0))
   ms=$(first_response "$t0")
-  answer=$(curl -sf "$URL/")
-  echoed=$(curl -sf --data-binary "written on the host" "$URL/echo")
+  answer=$(ask -f "$URL/")
+  echoed=$(ask -f --data-binary "written on the host" "$URL/echo")
   [ "$echoed" = "written on the host" ] || die "POST $URL/echo answered '$echoed'"
-  status=$(curl -s -o /dev/null -w '%{http_code}' "$URL/")
+  status=$(ask -o /dev/null -w '%{http_code}' "$URL/")
   "${chsnap[@]}" ps --config "$DIR/chsnap.toml" --json >"$DIR/runs/ps-$run.json"
   printf '%s' "$answer" >"$DIR/runs/answer-$run.json"
   [ "$run" != 1 ] || say "GET $URL/ -> $answer"
-  jq -n --argjson ms "$ms" --argjson status "$status" --arg id "$id" --slurpfile ps "$DIR/runs/ps-$run.json" \
-    --slurpfile answer "$DIR/runs/answer-$run.json" \
+  # What `ctr run` took beside the shim's phases is ctr's and containerd's, and the shim's start.
+  jq -n --argjson ms "$ms" --argjson ran "$ran" --argjson start "$start_ms" --argjson status "$status" --arg id "$id" \
+    --slurpfile ps "$DIR/runs/ps-$run.json" --slurpfile answer "$DIR/runs/answer-$run.json" \
     '($ps | flatten | map(select(.id == $id)) | first) as $pod
+     | ($pod.phases_us | map({ (.[0]): (.[1] / 1000) }) | add) as $phases
      | { vmm: $pod.vmm, accelerator: $pod.accelerator, guest_kernel: $answer[0].kernel,
          run: { way: $pod.way, first_response_ms: $ms, status: $status,
-                phases: ($pod.phases_us | map({ (.[0]): (.[1] / 1000) }) | add) } }' >"$DIR/runs/$run.json"
+                phases: ({ "shim start": $start, "ctr and containerd": ($ran - $start - ($phases | add)) }
+                         + $phases + { "process": ($ms - $ran) }) } }' >"$DIR/runs/$run.json"
   "${ctr[@]}" task kill -s SIGTERM "$id"
   for _ in $(seq 100); do
     "${ctr[@]}" task ls | grep -q "^$id .*RUNNING" || break

@@ -43,3 +43,13 @@ say "installed in $DESTDIR$PREFIX; configuration: $new"
 if [ -z "$DESTDIR" ] && ! have containerd-shim-chsnap-v2; then
   say "note: $PREFIX/bin is not in PATH; containerd looks for the shim in its own PATH"
 fi
+# What a machine needs beside, and packages bring: a VMM. setup.sh unpacks one for the demo and the tests only.
+if [ -z "$DESTDIR" ] && ! have cloud-hypervisor; then
+  version=$(qemu_version "qemu-system-$(uname -m)")
+  if [ -z "$version" ] || ! version_ge "$version" 10; then
+    from=$(newer_suite)
+    [ "$from" != "$(codename)" ] || from=
+    say "note: there is no VMM yet: QEMU is ${version:-missing}, 10 or newer is needed: apt-get install ${from:+-t $from }$(qemu_package "$ARCH")"
+    [ -z "$from" ] || say "note: that takes an entry for $from in the machine's package sources, and apt-get update"
+  fi
+fi

@@ -13,6 +13,8 @@ TOOLS=$TARGET/tools
 BIN=$TOOLS/bin
 mkdir -p "$LOGS" "$BIN"
 export CHSNAP_TARGET=$TARGET
+# The sources stay as they are.
+export PYTHONDONTWRITEBYTECODE=1
 # Where setup.sh had to bring a Rust of its own; see part_rust there. It may do so after this line, for
 # the script that sources it.
 PATH=$TOOLS/rust/bin:$PATH
@@ -116,6 +118,9 @@ mounts_below() {
   done </proc/self/mountinfo | sort -rz
 }
 
+# run_dir <name>: where sockets can be, whose path may have 107 bytes at most; every checkout has its own.
+run_dir() { printf '/run/chsnap-dev/%s-%s\n' "$1" "$(printf %s "$TARGET" | sha256sum | cut -c1-12)"; }
+
 # take_lock <name>: one such step at a time, since two would unpack over each other. The lock ends
 # with the script or with the next take_lock. Whatever is started to outlive the script must be
 # started with `9>&-`.
@@ -145,6 +150,18 @@ digest() {
 
 # version_ge 10.0.2 10: is the first at least the second?
 version_ge() { [ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1)" = "$2" ]; }
+
+# The version a QEMU reports; nothing when it is missing or does not run.
+qemu_version() { { "$1" --version 2>/dev/null || true; } | sed -n 's/^QEMU emulator version \([0-9.]*\).*/\1/p'; }
+
+# The Debian package with QEMU for that architecture.
+qemu_package() {
+  case $1 in
+    amd64) echo qemu-system-x86 ;;
+    arm64) echo qemu-system-arm ;;
+    *) die "no QEMU is known for the architecture $1" ;;
+  esac
+}
 
 # Debian's codename of this machine, e.g. bookworm.
 codename() {

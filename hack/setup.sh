@@ -126,8 +126,6 @@ WRAPPER
   say "Rust for $arch: $("$dir/bin/rustc" --version) in $dir"
 }
 
-qemu_version() { { "$1" --version 2>/dev/null || true; } | sed -n 's/^QEMU emulator version \([0-9.]*\).*/\1/p'; }
-
 # wrapper <directory of unpacked packages> <binary>: QEMU finds its own libraries and firmware.
 # It execs, so the process id is QEMU's, and it is plain sh, so it costs a millisecond.
 qemu_wrapper() {
@@ -167,13 +165,13 @@ qemu_for() {
 
 part_qemu() {
   case $(host_arch) in
-    amd64) qemu_for qemu-system-x86_64 qemu-system-x86 qemu ;;
-    arm64) qemu_for qemu-system-aarch64 qemu-system-arm qemu ;;
+    amd64) qemu_for qemu-system-x86_64 "$(qemu_package amd64)" qemu ;;
+    arm64) qemu_for qemu-system-aarch64 "$(qemu_package arm64)" qemu ;;
   esac
 }
 
 # Only for `make test-node`: a machine of the other kind, emulated.
-part_qemu_arm64() { qemu_for qemu-system-aarch64 qemu-system-arm qemu-arm64; }
+part_qemu_arm64() { qemu_for qemu-system-aarch64 "$(qemu_package arm64)" qemu-arm64; }
 
 # cargo_install <crate> <version> [option...]: into target/tools/<crate>, and its program into target/tools/bin.
 # Cargo would compile in /tmp, which may be memory.

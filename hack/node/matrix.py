@@ -15,7 +15,7 @@ import sys
 
 HEAD = """# What was run where
 
-Written by `make test-node` and `make test` (`hack/node/matrix.py`) from the outcome of the integration tests; not by hand.
+Written by `make test-node` (`hack/node/matrix.py`) from the outcome of the integration tests; not by hand.
 A cell is *passed/run*, with the topics of `tests/tests/suite`; `–` was not run. Both containerds count.
 The date is the row's newest run.
 
