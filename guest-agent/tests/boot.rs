@@ -42,14 +42,14 @@ fn file(variable: &str, below: &str) -> Option<PathBuf> {
     if path.is_file() {
         return Some(path);
     }
-    eprintln!("SKIPPED: no {}: set {variable}, or run `make build`", path.display());
+    chsnap_test_skip::skip_without_setup(format!("no {}: set {variable}, or run `make build`", path.display()));
     None
 }
 
 impl Guest {
     async fn boot() -> Option<Self> {
         if cfg!(not(target_arch = "x86_64")) {
-            eprintln!("SKIPPED: this test boots x86_64 guests");
+            chsnap_test_skip::skip("this test boots x86_64 guests");
             return None;
         }
         let kernel = file("CHSNAP_TEST_KERNEL", "guest/amd64/vmlinux")?;
@@ -165,8 +165,14 @@ async fn a_guest_from_boot_to_power_off() {
 
 async fn figures(guest: &Guest) {
     let info = guest.info().await;
-    let own = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
-    assert_ne!(info.kernel_release, own.trim());
+    // Another kernel, though it may be of the same release.
+    let streams = guest.run("kernel", &guest.shell("uname -r; cat /proc/sys/kernel/random/boot_id")).await;
+    let out = guest.text(streams.stdout_stream).await;
+    let (release, boot) = out.trim().split_once('\n').unwrap();
+    assert_eq!(release, info.kernel_release);
+    assert_ne!(boot, fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap().trim());
+    guest.wait("kernel", "").await;
+    guest.delete("kernel").await.unwrap();
     assert!(0 < info.init_start_ns && info.init_start_ns < info.agent_ready_ns, "{info:?}");
     let begin = Instant::now();
     let streams = guest.run("speed", &guest.shell("dd if=/dev/zero bs=64k count=160 2>/dev/null")).await;

@@ -85,6 +85,21 @@ async fn a_created_container_waits_and_can_be_killed() {
     assert!(!agent.root().join("ran").exists());
 }
 
+/// The agent as the guest gets it, with a container that does nothing.
+#[tokio::test]
+async fn idle_it_takes_little_memory() {
+    need_root!();
+    let program = common::target().join(format!("{}-unknown-linux-gnu/agent/chsnap-agent", std::env::consts::ARCH));
+    if !program.is_file() {
+        return chsnap_test_skip::skip_without_setup(format!("no {}: run `make build`", program.display()));
+    }
+    let agent = Agent::start_program(&program).await;
+    let main = agent.run("c", &agent.shell("echo up; exec sleep 100")).await;
+    agent.read_until(main.stdout_stream, "up").await;
+    eprintln!("{} kB resident", agent.resident());
+    assert!(agent.resident() <= 3 << 10, "{} kB resident", agent.resident());
+}
+
 #[tokio::test]
 async fn execs_join_the_container() {
     need_root!();
@@ -114,6 +129,8 @@ async fn execs_join_the_container() {
     assert_eq!(lines.len(), 10, "{out}");
     assert!(lines.chunks(2).all(|pair| pair[0] == pair[1]), "{out}");
 
+    // Its output ends a moment before it does.
+    assert_eq!(agent.wait("c", "r").await, 0);
     let (code, text) = refusal(agent.exec("c", "r", &root).await);
     assert_eq!((code, text.as_str()), (Code::ALREADY_EXISTS, "\"r\" exists already"));
     agent.client.delete_process(common::soon(), &common::process("c", "r")).await.unwrap();

@@ -204,7 +204,7 @@ mod tests {
     fn made_and_removed() {
         let path = format!("/chsnap-test/{}", std::process::id());
         let Ok(mut cgroup) = Cgroup::create(&path) else {
-            eprintln!("skipped: no writable cgroup hierarchy here");
+            chsnap_test_skip::skip("no writable cgroup hierarchy here");
             return;
         };
         let dirs = cgroup.dirs().to_vec();

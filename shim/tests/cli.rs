@@ -202,7 +202,7 @@ fn doctor_is_content_where_everything_is_there() {
     let (tools, guest) = (target.join("tools/bin"), target.join("guest").join(arch.0));
     let needed = [tools.join("virtiofsd"), guest.join(arch.1), guest.join("initramfs")];
     if let Some(missing) = needed.iter().find(|path| !path.exists()) {
-        eprintln!("SKIPPED: {} is not there: run `make build`", missing.display());
+        chsnap_test_skip::skip_without_setup(format!("{} is not there: run `make build`", missing.display()));
         return;
     }
     let shims = Path::new(env!("CARGO_BIN_EXE_chsnap")).parent().unwrap();

@@ -9,6 +9,7 @@ use std::{
 
 use nix::{
     fcntl::OFlag,
+    libc,
     unistd::{Uid, fchown},
 };
 
@@ -111,8 +112,12 @@ impl Containers {
             }
             result => result?,
         };
-        if let Some(pid) = process.pid() {
-            set_oom_score(pid, exec.spec.oom_score_adj)?;
+        if let Some(pid) = process.pid()
+            && let Err(error) = set_oom_score(pid, exec.spec.oom_score_adj)
+        {
+            // What is said not to have started must not run.
+            let _ = process.signal(libc::SIGKILL.unsigned_abs());
+            return Err(error.into());
         }
         Ok(launching)
     }

@@ -32,7 +32,7 @@ pub fn obstacle() -> Option<String> {
     if cgroup_root().is_none() {
         return Some("no cgroup v2 hierarchy is mounted".into());
     }
-    busybox().is_none().then(|| "no static busybox at /bin/busybox (package busybox-static)".into())
+    busybox().is_none().then(|| "no static busybox: run `make build`, or install busybox-static".into())
 }
 
 /// Ends the test early where it cannot run.
@@ -40,13 +40,24 @@ pub fn obstacle() -> Option<String> {
 macro_rules! need_root {
     () => {
         if let Some(why) = common::obstacle() {
-            eprintln!("SKIPPED: {why}");
+            chsnap_test_skip::skip_without_setup(why);
             return;
         }
     };
 }
 
+/// Where `make build` puts everything.
+pub fn target() -> PathBuf {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    std::env::var_os("CHSNAP_TARGET").map_or_else(|| workspace.join("target"), PathBuf::from)
+}
+
+/// The guest's own, which is static, else the system's if it is.
 fn busybox() -> Option<PathBuf> {
+    let arch = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+    if let Ok(path) = fs::canonicalize(target().join("guest").join(arch).join("busybox")) {
+        return Some(path);
+    }
     let path = fs::canonicalize("/bin/busybox").ok()?;
     let listed = Command::new("ldd").arg(&path).output().ok()?;
     // ldd fails for a static program.
@@ -74,8 +85,20 @@ impl Agent {
         agent
     }
 
+    /// Another build of it.
+    pub async fn start_program(program: &Path) -> Self {
+        let mut agent = Self::silent_program(program);
+        agent.api.client = agent.session().await;
+        agent
+    }
+
     /// An agent nobody has greeted yet.
     pub fn silent() -> Self {
+        let program = std::env::var_os("CHSNAP_TEST_AGENT").unwrap_or(env!("CARGO_BIN_EXE_chsnap-agent").into());
+        Self::silent_program(Path::new(&program))
+    }
+
+    fn silent_program(program: &Path) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("agent.sock");
         let listener = UnixListener::bind(&socket).unwrap();
@@ -84,7 +107,7 @@ impl Agent {
         fs::create_dir(&cgroup).unwrap();
         let process = Command::new("unshare")
             .args(["--pid", "--fork", "--mount-proc", "--ipc", "--uts", "--kill-child=SIGKILL"])
-            .arg(std::env::var_os("CHSNAP_TEST_AGENT").unwrap_or(env!("CARGO_BIN_EXE_chsnap-agent").into()))
+            .arg(program)
             .arg("--unix")
             .arg(&socket)
             .arg("--cgroup-root")

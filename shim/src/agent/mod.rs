@@ -17,7 +17,8 @@ use chsnap_protocol::{
     session,
 };
 use thiserror::Error;
-use ttrpc::{Code, asynchronous::transport::Socket, context, context::Context};
+use tokio::time::timeout;
+use ttrpc::{Code, asynchronous::transport::Socket, context::Context};
 
 use crate::vmm::Channel;
 
@@ -65,6 +66,30 @@ impl AgentError {
     }
 }
 
+/// A request, answered in time or given up: `ask!(agent, "Name", method(request))`.
+macro_rules! ask {
+    ($agent:expr, $call:literal, $method:ident($request:expr)) => {
+        $agent.within_deadline($call, ask_patiently!($agent, $call, $method($request)))
+    };
+}
+
+/// A request whose answer may take for ever.
+///
+/// A task of its own carries it: ttrpc closes the connection, and with it every other call, when a request is given up
+/// while its frame is being written, which takes long when the guest is slow to read.
+macro_rules! ask_patiently {
+    ($agent:expr, $call:literal, $method:ident($request:expr)) => {{
+        let (client, request) = (Arc::clone(&$agent.client), $request);
+        let carrier = tokio::spawn(async move { client.$method(Context::default(), &request).await });
+        async move {
+            match carrier.await {
+                Ok(answer) => answer.map_err(failed($call)),
+                Err(ended) => Err(AgentError::Lost { call: $call, reason: ended.to_string() }),
+            }
+        }
+    }};
+}
+
 /// Longest text taken from the guest for an error message, bytes.
 const MAX_MESSAGE: usize = 2048;
 
@@ -86,12 +111,17 @@ impl Agent {
         let client = ttrpc::r#async::Client::new(Socket::new(channel));
         let agent = Self { client: Arc::new(AgentClient::new(client)), deadline };
         let request = InfoRequest { protocol_version: PROTOCOL_VERSION, ..Default::default() };
-        let info = agent.client.info(agent.bounded(), &request).await.map_err(failed("Info"))?;
+        let info = ask!(agent, "Info", info(request)).await?;
         Ok((agent, info))
     }
 
-    fn bounded(&self) -> Context {
-        context::with_duration(self.deadline)
+    async fn within_deadline<T>(
+        &self,
+        call: &'static str,
+        answer: impl Future<Output = Result<T, AgentError>>,
+    ) -> Result<T, AgentError> {
+        let reason = || format!("nothing came for {} s ([deadlines] agent_call)", self.deadline.as_secs_f32());
+        timeout(self.deadline, answer).await.unwrap_or_else(|_| Err(AgentError::Lost { call, reason: reason() }))
     }
 
     /// Makes a container. `spec_json` as in `agent.proto`.
@@ -111,7 +141,7 @@ impl Agent {
             wall_clock_ns: now_ns(),
             ..Default::default()
         };
-        self.client.create_container(self.bounded(), &request).await.map_err(failed("CreateContainer"))
+        ask!(self, "CreateContainer", create_container(request)).await
     }
 
     /// Adds a process to a container.
@@ -132,7 +162,7 @@ impl Agent {
             stdio: Some(stdio).into(),
             ..Default::default()
         };
-        self.client.create_exec(self.bounded(), &request).await.map_err(failed("CreateExec"))
+        ask!(self, "CreateExec", create_exec(request)).await
     }
 
     /// Starts a created process and tells its pid in the guest.
@@ -140,8 +170,7 @@ impl Agent {
     /// # Errors
     /// See [`AgentError`].
     pub async fn start(&self, container: &str, exec: &str) -> Result<u32, AgentError> {
-        let answer = self.client.start_process(self.bounded(), &process(container, exec)).await;
-        Ok(answer.map_err(failed("StartProcess"))?.pid)
+        Ok(ask!(self, "StartProcess", start_process(process(container, exec))).await?.pid)
     }
 
     /// Waits, without bound, for the end of a process.
@@ -149,8 +178,7 @@ impl Agent {
     /// # Errors
     /// See [`AgentError`].
     pub async fn wait(&self, container: &str, exec: &str) -> Result<WaitProcessResponse, AgentError> {
-        let answer = self.client.wait_process(Context::default(), &process(container, exec)).await;
-        let answer = answer.map_err(failed("WaitProcess"))?;
+        let answer = ask_patiently!(self, "WaitProcess", wait_process(process(container, exec))).await?;
         if answer.exit_status > 255 {
             let what = format!("exit status {}", answer.exit_status);
             return Err(AgentError::Nonsense { call: "WaitProcess", what });
@@ -165,7 +193,7 @@ impl Agent {
     pub async fn signal(&self, container: &str, exec: &str, signal: u32, all: bool) -> Result<(), AgentError> {
         let request =
             SignalProcessRequest { process: Some(process(container, exec)).into(), signal, all, ..Default::default() };
-        self.client.signal_process(self.bounded(), &request).await.map_err(failed("SignalProcess")).map(drop)
+        ask!(self, "SignalProcess", signal_process(request)).await.map(drop)
     }
 
     /// Forgets a process.
@@ -173,8 +201,7 @@ impl Agent {
     /// # Errors
     /// See [`AgentError`].
     pub async fn delete_process(&self, container: &str, exec: &str) -> Result<(), AgentError> {
-        let answer = self.client.delete_process(self.bounded(), &process(container, exec)).await;
-        answer.map_err(failed("DeleteProcess")).map(drop)
+        ask!(self, "DeleteProcess", delete_process(process(container, exec))).await.map(drop)
     }
 
     /// Forgets a container.
@@ -183,7 +210,7 @@ impl Agent {
     /// See [`AgentError`].
     pub async fn delete_container(&self, container: &str) -> Result<(), AgentError> {
         let request = ContainerRef { container_id: container.into(), ..Default::default() };
-        self.client.delete_container(self.bounded(), &request).await.map_err(failed("DeleteContainer")).map(drop)
+        ask!(self, "DeleteContainer", delete_container(request)).await.map(drop)
     }
 
     /// The container's processes, by the guest's numbers.
@@ -192,7 +219,7 @@ impl Agent {
     /// See [`AgentError`].
     pub async fn pids(&self, container: &str) -> Result<Vec<u32>, AgentError> {
         let request = ContainerRef { container_id: container.into(), ..Default::default() };
-        Ok(self.client.list_pids(self.bounded(), &request).await.map_err(failed("ListPids"))?.pids)
+        Ok(ask!(self, "ListPids", list_pids(request)).await?.pids)
     }
 
     /// The container's resource use.
@@ -201,7 +228,7 @@ impl Agent {
     /// See [`AgentError`].
     pub async fn stats(&self, container: &str) -> Result<StatsResponse, AgentError> {
         let request = ContainerRef { container_id: container.into(), ..Default::default() };
-        self.client.stats(self.bounded(), &request).await.map_err(failed("Stats"))
+        ask!(self, "Stats", stats(request)).await
     }
 
     /// Sets a terminal's size.
@@ -215,7 +242,7 @@ impl Agent {
             height,
             ..Default::default()
         };
-        self.client.resize_terminal(self.bounded(), &request).await.map_err(failed("ResizeTerminal")).map(drop)
+        ask!(self, "ResizeTerminal", resize_terminal(request)).await.map(drop)
     }
 
     /// Waits, without bound, for bytes of a stream; `None` at its end.
@@ -225,7 +252,7 @@ impl Agent {
     pub async fn read(&self, stream: u64, max: usize) -> Result<Option<Vec<u8>>, AgentError> {
         let max = max.min(MAX_CHUNK);
         let request = ReadStreamRequest { stream, max: max as u32, ..Default::default() };
-        let answer = self.client.read_stream(Context::default(), &request).await.map_err(failed("ReadStream"))?;
+        let answer = ask_patiently!(self, "ReadStream", read_stream(request)).await?;
         match (answer.data.len(), answer.eof) {
             (0, true) => Ok(None),
             (n, _) if n > 0 && n <= max => Ok(Some(answer.data)),
@@ -239,7 +266,7 @@ impl Agent {
     /// See [`AgentError`].
     pub async fn write(&self, stream: u64, data: Vec<u8>) -> Result<(), AgentError> {
         let request = WriteStreamRequest { stream, data, ..Default::default() };
-        self.client.write_stream(Context::default(), &request).await.map_err(failed("WriteStream")).map(drop)
+        ask_patiently!(self, "WriteStream", write_stream(request)).await.map(drop)
     }
 
     /// Half-closes a stream.
@@ -248,7 +275,7 @@ impl Agent {
     /// See [`AgentError`].
     pub async fn close_write(&self, stream: u64) -> Result<(), AgentError> {
         let request = StreamRef { stream, ..Default::default() };
-        self.client.close_stream_write(self.bounded(), &request).await.map_err(failed("CloseStreamWrite")).map(drop)
+        ask!(self, "CloseStreamWrite", close_stream_write(request)).await.map(drop)
     }
 
     /// Gives a stream up.
@@ -257,7 +284,7 @@ impl Agent {
     /// See [`AgentError`].
     pub async fn close(&self, stream: u64) -> Result<(), AgentError> {
         let request = StreamRef { stream, ..Default::default() };
-        self.client.close_stream(self.bounded(), &request).await.map_err(failed("CloseStream")).map(drop)
+        ask!(self, "CloseStream", close_stream(request)).await.map(drop)
     }
 
     /// Connects to a TCP port of the guest.
@@ -266,7 +293,7 @@ impl Agent {
     /// See [`AgentError`].
     pub async fn connect_port(&self, port: u16) -> Result<u64, AgentError> {
         let request = ConnectPortRequest { port: port.into(), ..Default::default() };
-        Ok(self.client.connect_port(self.bounded(), &request).await.map_err(failed("ConnectPort"))?.stream)
+        Ok(ask!(self, "ConnectPort", connect_port(request)).await?.stream)
     }
 
     /// Asks the guest to sync and power off.
@@ -274,7 +301,7 @@ impl Agent {
     /// # Errors
     /// See [`AgentError`]; that the channel breaks is what a guest that obeys looks like.
     pub async fn shutdown(&self) -> Result<(), AgentError> {
-        self.client.shutdown(self.bounded(), &Empty::default()).await.map_err(failed("Shutdown")).map(drop)
+        ask!(self, "Shutdown", shutdown(Empty::default())).await.map(drop)
     }
 }
 

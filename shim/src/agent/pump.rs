@@ -10,17 +10,31 @@ use super::{Agent, AgentError};
 /// Enough to make the round trip worth it, little enough that many streams share one channel fairly.
 const CHUNK: usize = 64 << 10;
 
-/// Reads `stream` to its end into `sink`. When `sink` fails, the stream is given up, so that its writer in the guest
-/// sees a broken pipe.
+/// Reads `stream` to its end into `sink`, and counts the bytes that `sink` has taken. When it fails, the stream is given
+/// up, so that its writer in the guest sees a broken pipe.
 ///
 /// # Errors
 /// Of the agent. A broken sink is no error: nobody wants the bytes.
-pub async fn read_into(agent: &Agent, stream: u64, sink: &mut (impl AsyncWrite + Unpin)) -> Result<(), AgentError> {
+pub async fn read_into(
+    agent: &Agent,
+    stream: u64,
+    sink: &mut (impl AsyncWrite + Unpin),
+    count: impl Fn(u64),
+) -> Result<(), AgentError> {
     while let Some(data) = agent.read(stream, CHUNK).await? {
-        if sink.write_all(&data).await.is_err() {
-            return agent.close(stream).await;
+        let mut rest = &data[..];
+        while !rest.is_empty() {
+            match sink.write(rest).await {
+                Ok(taken) if taken > 0 => {
+                    count(taken as u64);
+                    rest = &rest[taken..];
+                }
+                _ => return agent.close(stream).await,
+            }
         }
     }
+    // A log file's last bytes are written by another thread.
+    let _ = sink.flush().await;
     Ok(())
 }
 

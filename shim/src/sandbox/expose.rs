@@ -133,7 +133,7 @@ async fn forward(port: u16, agent: &Agent, stream: Box<dyn Channel>) -> Result<(
     let (mut from_client, mut to_client) = split(stream);
     let to_guest = write_from(agent, number, &mut from_client);
     let from_guest = async {
-        let done = read_into(agent, number, &mut to_client).await;
+        let done = read_into(agent, number, &mut to_client, |_| ()).await;
         let _ = to_client.shutdown().await;
         done
     };

@@ -1,6 +1,6 @@
 //! Machine and virtiofsd as one thing: either's end is the end of both, and the better explanation is told.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use chsnap_protocol::agent::InfoResponse;
 use tokio::{sync::watch, task::AbortHandle, time::timeout};
@@ -68,18 +68,19 @@ pub(super) async fn meet_agent(
 }
 
 /// Keeps virtiofsd, and says why the pod is no more, whichever of the two ends first.
-pub(super) fn watch_over(
-    mut virtiofsd: Virtiofsd,
-    mut exited: watch::Receiver<Option<VmExit>>,
-) -> (AbortHandle, watch::Receiver<Option<String>>) {
+pub(super) fn watch_over(mut virtiofsd: Virtiofsd, vm: Arc<dyn Vm>) -> (AbortHandle, watch::Receiver<Option<String>>) {
     let (tell, gone) = watch::channel(None);
-    let mut exited_too = exited.clone();
+    let (mut exited, mut exited_too) = (vm.exited(), vm.exited());
     let task = tokio::spawn(async move {
         let why = tokio::select! {
             exit = settled(&mut exited) => exit.as_ref().map(describe).unwrap_or_default(),
             ended = virtiofsd.ended() => match machine_behind(&ended, &mut exited_too).await {
                 Some(exit) => describe(&exit),
-                None => format!("virtiofsd ended: {}", ended.how),
+                None => {
+                // A guest without its files is of no use, and would run on for as long as nobody deletes the task.
+                vm.kill().await;
+                format!("virtiofsd ended: {}", ended.how)
+            }
             },
         };
         virtiofsd.kill().await;

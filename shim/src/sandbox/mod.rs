@@ -3,6 +3,7 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -69,12 +70,12 @@ pub struct Sandbox {
     dir: PathBuf,
     agent: Agent,
     info: InfoResponse,
-    vm: Box<dyn Vm>,
+    vm: Arc<dyn Vm>,
     driver: (vmm::VmmKind, vmm::Accelerator),
     shape: Shape,
     share: Mutex<Option<Share>>,
     cgroup: Mutex<Cgroup>,
-    exposed: Mutex<Option<Exposed>>,
+    exposed: Arc<Mutex<Option<Exposed>>>,
     /// Watches virtiofsd; owns it, so that aborting it kills virtiofsd.
     guard: AbortHandle,
     gone: watch::Receiver<Option<String>>,
@@ -139,7 +140,10 @@ impl Sandbox {
         let (Some(vm), Some(virtiofsd)) = (parts.vm.take(), parts.virtiofsd.take()) else {
             unreachable!("build() answers Ok only with both")
         };
-        let (guard, gone) = watch_over(virtiofsd, vm.exited());
+        let vm: Arc<dyn Vm> = Arc::from(vm);
+        let (guard, gone) = watch_over(virtiofsd, Arc::clone(&vm));
+        let exposed = Arc::new(Mutex::new(Some(exposed)));
+        tokio::spawn(close_when_gone(gone.clone(), Arc::clone(&exposed)));
         let sandbox = Self {
             dir: parts.dir.clone(),
             agent,
@@ -149,7 +153,7 @@ impl Sandbox {
             shape: request.shape,
             share: Mutex::new(parts.share.take()),
             cgroup: Mutex::new(std::mem::take(&mut parts.cgroup)),
-            exposed: Mutex::new(Some(exposed)),
+            exposed,
             guard,
             gone,
             stop_deadline: request.config.deadlines.stop.duration(),
@@ -342,6 +346,12 @@ fn try_remove_dir(dir: &Path) -> io::Result<()> {
         let _ = fs::remove_dir(parent);
     }
     Ok(())
+}
+
+/// A dead machine's ports are free for another.
+async fn close_when_gone(mut gone: watch::Receiver<Option<String>>, exposed: Arc<Mutex<Option<Exposed>>>) {
+    settled(&mut gone).await;
+    *exposed.lock().await = None;
 }
 
 fn readable(path: &Path, what: &'static str) -> Result<(), StartError> {

@@ -29,6 +29,9 @@ impl Service {
         let path = Path::new(&request.bundle).join("config.json");
         let spec = Spec::load(&path).map_err(|source| TaskError::Spec { path, source })?;
         let config = Config::load(options::config_path(request.options.as_ref())?.as_deref())?;
+        if !self.debug {
+            log::set_max_level(config.log.level.into());
+        }
         let overrides = Annotations::parse(&spec.annotations().clone().unwrap_or_default())?;
         let resources = spec.linux().as_ref().and_then(|l| l.resources().clone());
         let shape = Shape::of(&config, &overrides, resources.as_ref())?;
@@ -75,13 +78,10 @@ impl Service {
                 &mut phases,
             )
             .await?;
-        let init = Process::new(&request.id, "", paths, streams, local, sandbox.pid());
-        let container = Arc::new(Container {
-            id: request.id.clone(),
-            bundle: request.bundle,
-            init: Arc::new(init),
-            execs: Mutex::default(),
-        });
+        let init = Arc::new(Process::new(&request.id, "", paths, streams, local, sandbox.pid()));
+        self.watch_created(&init, &sandbox);
+        let container =
+            Arc::new(Container { id: request.id.clone(), bundle: request.bundle, init, execs: Mutex::default() });
         self.containers.lock().await.insert(request.id, Arc::clone(&container));
         Ok(container)
     }

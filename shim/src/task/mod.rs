@@ -2,10 +2,14 @@
 //!
 //! One service serves a pod: its first container starts the machine, its last one's deletion ends it.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
 
 use containerd_shim::ExitSignal;
-use tokio::sync::Mutex;
+use tokio::{sync::Mutex, task::JoinSet, time::timeout};
 
 mod create;
 mod error;
@@ -44,6 +48,29 @@ pub struct Service {
     containers: Mutex<HashMap<String, Arc<Container>>>,
     /// Held for as long as the machine starts or stops, so that there is one at most.
     sandbox: Mutex<Option<Arc<Sandbox>>>,
+    watchers: Watchers,
+    /// containerd asked for everything in the log, whatever the configuration says.
+    debug: bool,
+}
+
+/// The tasks that tell how processes end.
+#[derive(Debug, Default)]
+struct Watchers(std::sync::Mutex<JoinSet<()>>);
+
+impl Watchers {
+    fn add(&self, watcher: impl Future<Output = ()> + Send + 'static) {
+        let mut watchers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        while watchers.try_join_next().is_some() {}
+        watchers.spawn(watcher);
+    }
+
+    /// Waits until all have told, at most `bound`.
+    async fn finish(&self, bound: Duration) {
+        let watchers = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        if timeout(bound, watchers.join_all()).await.is_err() {
+            log::warn!("the end of a process was not told within {bound:?}");
+        }
+    }
 }
 
 /// Longest wait for the last events on the way out.
@@ -52,7 +79,7 @@ const FLUSH: Duration = Duration::from_secs(5);
 impl Service {
     /// A service without containers.
     #[must_use]
-    pub fn new(namespace: &str, id: &str, events: Arc<Events>, exit: Arc<ExitSignal>) -> Self {
+    pub fn new(namespace: &str, id: &str, events: Arc<Events>, exit: Arc<ExitSignal>, debug: bool) -> Self {
         Self {
             namespace: namespace.into(),
             id: id.into(),
@@ -60,6 +87,8 @@ impl Service {
             exit,
             containers: Mutex::default(),
             sandbox: Mutex::default(),
+            watchers: Watchers::default(),
+            debug,
         }
     }
 
@@ -89,6 +118,7 @@ impl Service {
         if let Some(sandbox) = self.sandbox.lock().await.take() {
             sandbox.stop().await;
         }
+        self.watchers.finish(FLUSH).await;
         self.events.flush(FLUSH).await;
     }
 }

@@ -8,6 +8,9 @@ use tokio::sync::{Mutex, watch};
 
 use super::stdio::{Local, Paths, Relays};
 
+/// How long output may wait for its reader, once its process is deleted: as long as containerd's runc shim waits.
+const STILL: Duration = Duration::from_secs(10);
+
 /// How a process ended.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Exit {
@@ -154,9 +157,14 @@ impl Process {
         }
     }
 
-    /// Gives its streams up, after what is under way had a moment to arrive.
+    /// Waits until it is started, or has ended without.
+    pub async fn left_created(&self) {
+        let _ = self.life.subscribe().wait_for(|life| *life != Life::Created).await;
+    }
+
+    /// Gives its streams up, after what is under way has arrived.
     pub async fn close(&self) {
         *self.local.lock().await = None;
-        self.relays.finish(Duration::from_secs(2)).await;
+        self.relays.finish(STILL).await;
     }
 }

@@ -7,7 +7,9 @@ use containerd_shim_protos::{
     events::task::{TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskStart},
     protobuf::well_known_types::any::Any,
 };
-use tokio::time::timeout;
+use nix::sys::signal::Signal;
+use tokio::time::{sleep, timeout};
+use ttrpc::Code;
 
 use super::{
     Container, Events, Exit, Life, Process, Service, TaskError,
@@ -60,8 +62,13 @@ impl Service {
         }
         process.running();
         self.tell_started(process).await;
-        tokio::spawn(watch(Arc::clone(&self.events), Arc::clone(process), sandbox));
+        self.watchers.add(watch(Arc::clone(&self.events), Arc::clone(process), sandbox));
         Ok(process.pid())
+    }
+
+    /// From its creation on, a process has somebody who tells its end.
+    pub(super) fn watch_created(&self, process: &Arc<Process>, sandbox: &Arc<Sandbox>) {
+        self.watchers.add(watch_created(Arc::clone(&self.events), Arc::clone(process), Arc::clone(sandbox)));
     }
 
     async fn tell_started(&self, process: &Process) {
@@ -95,8 +102,9 @@ impl Service {
         let local = Local::open(&paths).await?;
         let sandbox = self.machine().await?;
         let streams = sandbox.agent().create_exec(&request.id, &request.exec_id, json, paths.wanted()).await?;
-        let process = Process::new(&request.id, &request.exec_id, paths, streams, local, 0);
-        execs.insert(request.exec_id.clone(), Arc::new(process));
+        let process = Arc::new(Process::new(&request.id, &request.exec_id, paths, streams, local, 0));
+        self.watch_created(&process, &sandbox);
+        execs.insert(request.exec_id.clone(), process);
         let mut event = TaskExecAdded::new();
         event.container_id = request.id;
         event.exec_id = request.exec_id;
@@ -109,10 +117,11 @@ impl Service {
         match process.life() {
             Life::Stopped(_) => return Err(TaskError::Finished),
             Life::Created => {
-                // Nothing runs yet that could take another signal.
-                if signal == SIGKILL && process.stopped(Exit::now(KILLED)) {
+                // Nothing runs yet that could handle the signal, so it does what it does by default.
+                let exit = Exit::now(128 + signal);
+                if ends_by_default(signal) && process.stopped(exit.clone()) {
                     process.close().await;
-                    tell_exit(&self.events, process, &Exit::now(KILLED)).await;
+                    tell_exit(&self.events, process, &exit).await;
                 }
                 return Ok(());
             }
@@ -139,12 +148,18 @@ impl Service {
         if process.life() == Life::Running {
             return Err(TaskError::State { what: "exec", id: exec.into(), state: "is still running" });
         }
+        let execs = container.execs.lock().await;
+        if !execs.get(exec).is_some_and(|present| Arc::ptr_eq(present, &process)) {
+            return Err(TaskError::NotFound { what: "exec", id: exec.into() });
+        }
+        drop(execs);
+        // A created one never began, so its end is no event.
+        process.stopped(Exit::now(0));
         process.close().await;
         if let Ok(sandbox) = self.machine().await
             && sandbox.gone().borrow().is_none()
-            && let Err(e) = sandbox.agent().delete_process(&container.id, exec).await
         {
-            log::debug!("exec {exec}: {e}");
+            forget(&sandbox, &container.id, exec).await;
         }
         container.execs.lock().await.remove(exec);
         drop(turn);
@@ -156,6 +171,16 @@ impl Service {
         let _turn = container.init.turn.lock().await;
         if container.init.life() == Life::Running {
             return Err(TaskError::State { what: "container", id: container.id.clone(), state: "is still running" });
+        }
+        let present = self.containers.lock().await.get(&container.id).cloned();
+        if !present.is_some_and(|present| std::ptr::eq(&raw const *present, container)) {
+            // Another call was quicker; what goes by the name now is another container.
+            return Err(TaskError::NotFound { what: "container", id: container.id.clone() });
+        }
+        let exit = Exit::now(KILLED);
+        if container.init.stopped(exit.clone()) {
+            // Created and never started: what waits in the guest ends with the container.
+            tell_exit(&self.events, &container.init, &exit).await;
         }
         container.init.close().await;
         for exec in container.execs.lock().await.values() {
@@ -173,6 +198,45 @@ impl Service {
             sandbox.remove(&container.id).await;
         }
         Ok(())
+    }
+}
+
+/// Has the agent forget an exec, also one that runs although its start seemed to fail: the answer came too late.
+async fn forget(sandbox: &Sandbox, container: &str, exec: &str) {
+    let agent = sandbox.agent();
+    for pause in [10, 100, 1000] {
+        match agent.delete_process(container, exec).await {
+            Err(AgentError::Refused { code: Code::FAILED_PRECONDITION, .. }) => {
+                log::warn!("exec {exec:?} runs though it did not start in time: killing it");
+                let _ = agent.signal(container, exec, SIGKILL, false).await;
+                sleep(Duration::from_millis(pause)).await;
+            }
+            Err(e) if !e.is_not_found() => return log::warn!("exec {exec:?}: {e}"),
+            _ => return,
+        }
+    }
+}
+
+/// Whether a signal ends a process that does nothing about it, signal(7).
+fn ends_by_default(signal: u32) -> bool {
+    use Signal::{SIGCHLD, SIGCONT, SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU, SIGURG, SIGWINCH};
+    const OTHERS: [Signal; 8] = [SIGCHLD, SIGCONT, SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU, SIGURG, SIGWINCH];
+    signal != 0 && OTHERS.iter().all(|other| *other as u32 != signal)
+}
+
+/// Tells the end of a process whose machine goes before it was started.
+async fn watch_created(events: Arc<Events>, process: Arc<Process>, sandbox: Arc<Sandbox>) {
+    let mut gone = sandbox.gone();
+    tokio::select! {
+        () = process.left_created() => {}
+        why = settled(&mut gone) => {
+            let exit = Exit::now(KILLED);
+            if process.stopped(exit.clone()) {
+                let why = why.unwrap_or_default();
+                log::error!("container {}: the pod's VM is gone before the start: {why}", process.container);
+                tell_exit(&events, &process, &exit).await;
+            }
+        }
     }
 }
 

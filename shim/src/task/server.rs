@@ -102,7 +102,7 @@ impl Shim for Actions {
     /// Never called: [`serve`] runs the server.
     async fn create_task_service(&self, publisher: RemotePublisher) -> Api {
         let events = Events::new(&self.namespace, &publisher.address);
-        Api(Arc::new(Service::new(&self.namespace, &self.id, Arc::new(events), Arc::default())))
+        Api(Arc::new(Service::new(&self.namespace, &self.id, Arc::new(events), Arc::default(), false)))
     }
 }
 
@@ -165,7 +165,7 @@ pub async fn serve(flags: &Flags) -> Result<(), ServeError> {
     containerd_shim::logger::init(flags.debug, "info", &flags.namespace, &flags.id)?;
     let exit = Arc::new(ExitSignal::default());
     let events = Arc::new(Events::new(&flags.namespace, &containerd));
-    let service = Arc::new(Service::new(&flags.namespace, &flags.id, events, Arc::clone(&exit)));
+    let service = Arc::new(Service::new(&flags.namespace, &flags.id, events, Arc::clone(&exit), flags.debug));
     let listener = listen(&flags.socket)?;
     let mut server = Server::new().add_listener(listener).register_service(both_names(&service));
     server.start().await?;

@@ -4,7 +4,15 @@
 //! may go and another come without the process getting SIGPIPE; the stdin fifo is held open for writing until
 //! CloseIO, so that a client that goes does not end the input.
 
-use std::{fs, io, os::unix::fs::FileTypeExt, time::Duration};
+use std::{
+    fs, io,
+    os::unix::fs::FileTypeExt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use chsnap_protocol::agent::{CreateProcessResponse, Stdio};
 use thiserror::Error;
@@ -14,7 +22,7 @@ use tokio::{
     net::unix::pipe,
     sync::Mutex,
     task::{AbortHandle, JoinHandle},
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use crate::agent::{Agent, read_into, write_from};
@@ -117,11 +125,16 @@ async fn sink(stream: &'static str, path: &str) -> Result<Option<Sink>, StdioErr
     Ok(Some(Box::new(fifo)))
 }
 
+/// The longest that a deleted process's output is waited for, however it moves.
+const LONGEST: Duration = Duration::from_secs(120);
+
 /// The running copies of one process.
 #[derive(Debug, Default)]
 pub struct Relays {
     outputs: Mutex<Vec<JoinHandle<()>>>,
     aborts: std::sync::Mutex<Vec<AbortHandle>>,
+    /// Bytes of output that have reached their local end.
+    moved: Arc<AtomicU64>,
     /// Keeps the stdin fifo open for writing.
     keep_stdin: std::sync::Mutex<Stdin>,
 }
@@ -151,9 +164,12 @@ impl Relays {
         let outputs = [(local.stdout, streams.stdout_stream), (local.stderr, streams.stderr_stream)];
         for (sink, stream) in outputs {
             let Some(mut sink) = sink.filter(|_| stream != 0) else { continue };
-            let agent = agent.clone();
+            let (agent, moved) = (agent.clone(), Arc::clone(&self.moved));
             let copy = tokio::spawn(async move {
-                if let Err(e) = read_into(&agent, stream, &mut sink).await {
+                let count = |bytes| {
+                    moved.fetch_add(bytes, Ordering::Relaxed);
+                };
+                if let Err(e) = read_into(&agent, stream, &mut sink, count).await {
                     log::debug!("output stream {stream}: {e}");
                 }
             });
@@ -193,15 +209,31 @@ impl Relays {
         }
     }
 
-    /// Waits, at most `bound`, until the output has reached its readers, then ends every copy.
-    pub async fn finish(&self, bound: Duration) {
+    /// Waits until the output has reached its readers, or nothing of it has moved for the time of `still`; then ends
+    /// every copy. A process that stays behind in the guest and writes on is not waited for for ever.
+    pub async fn finish(&self, still: Duration) {
         let outputs = std::mem::take(&mut *self.outputs.lock().await);
-        let _ = timeout(bound, async {
+        let all = async {
             for copy in outputs {
                 let _ = copy.await;
             }
-        })
-        .await;
+        };
+        let stuck = async {
+            let mut seen = self.moved.load(Ordering::Relaxed);
+            loop {
+                sleep(still).await;
+                let now = self.moved.load(Ordering::Relaxed);
+                if now == seen {
+                    return;
+                }
+                seen = now;
+            }
+        };
+        tokio::select! {
+            () = all => {}
+            () = stuck => {}
+            () = sleep(LONGEST) => {}
+        }
         self.close_stdin();
         if let Ok(mut aborts) = self.aborts.lock() {
             aborts.drain(..).for_each(|copy| copy.abort());

@@ -1,6 +1,7 @@
 //! Against a recorded contract, everywhere; against the real program where it is found; with a real guest where KVM
 //! runs one.
 
+use chsnap_test_skip::skip;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -213,7 +214,7 @@ async fn a_guest_that_writes_forever_takes_no_more_memory() {
 fn program() -> Option<CloudHypervisor> {
     let program = tool("CHSNAP_CLOUD_HYPERVISOR", PROGRAM)?;
     if let Err(error) = kvm::open() {
-        eprintln!("SKIPPED: {error}");
+        skip(error.to_string());
         return None;
     }
     Some(CloudHypervisor { program })
@@ -224,7 +225,7 @@ async fn with_kvm() -> Option<CloudHypervisor> {
     match kvm::try_out(kvm::open().unwrap()).await {
         Ok(()) => Some(driver),
         Err(error) => {
-            eprintln!("SKIPPED: {error}");
+            skip(error.to_string());
             None
         }
     }

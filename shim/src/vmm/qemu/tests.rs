@@ -7,6 +7,8 @@ use tokio::{
     time::timeout,
 };
 
+use chsnap_test_skip::skip;
+
 use super::*;
 use crate::vmm::{
     kvm, scenarios,
@@ -55,7 +57,7 @@ async fn kvm_is_used_where_it_works() {
     let Some(qemu) = qemu() else { return };
     let usable = async { kvm::try_out(kvm::open()?).await };
     if let Err(error) = usable.await {
-        eprintln!("SKIPPED: {error}");
+        skip(error.to_string());
         return;
     }
     scenarios::powers_off(&Qemu { accelerator: Accelerator::Kvm, ..qemu }).await;
