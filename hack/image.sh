@@ -40,6 +40,7 @@ make_rootfs() {
   mv "$OUT/rootfs.new.tar" "$OUT/rootfs.tar"
 }
 
+if ! have mmdebstrap || ! have python3; then "$ROOT/hack/setup.sh" packages; fi
 take_lock "${OUT##*/}"
 mkdir -p "$OUT"
 want=$(digest "$0" "$SUITE" "$ARCH")
