@@ -2,9 +2,13 @@
 //!
 //! Written to directly, also where the path has systemd's form: the directory is then the one systemd would have
 //! made for the scope, so that the kubelet's accounting finds it.
+//!
+//! The pod's processes are in a child of it that no other pod has. The path comes from outside, and may be another
+//! container's too, or a service's: what is killed there has to be ours, and what a child uses counts in its parent.
 
 use std::{
     fs, io,
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -15,6 +19,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use sha2::{Digest, Sha256};
 use thiserror::Error;
 
 /// A cgroup could not be made.
@@ -40,20 +45,24 @@ pub enum CgroupError {
 /// A pod's cgroup.
 #[derive(Debug, Default)]
 pub struct Cgroup {
+    /// The pod's own, each below `cgroupsPath`.
     dirs: Vec<PathBuf>,
 }
 
 impl Cgroup {
-    /// Makes the cgroup at `cgroups_path` (as in the OCI specification) in every hierarchy of this host. What exists
-    /// is used as it is.
+    /// Makes a cgroup for `pod` (its directory) at `cgroups_path` (as in the OCI specification), in every hierarchy of
+    /// this host.
     ///
     /// # Errors
     /// See [`CgroupError`]; nothing is left then.
-    pub fn create(cgroups_path: &str) -> Result<Self, CgroupError> {
+    pub fn create(cgroups_path: &str, pod: &Path) -> Result<Self, CgroupError> {
         let mut cgroup = Self { dirs: Vec::new() };
-        for dir in dirs_of(cgroups_path)? {
+        for dir in dirs_of(cgroups_path, pod)? {
+            // Of a pod that was here before, where its processes did not end in time.
+            kill_all(&dir);
             if let Err(source) = fs::create_dir_all(&dir) {
                 cgroup.remove();
+                remove_empty_parent(&dir);
                 return Err(CgroupError::Create { path: dir, source });
             }
             inherit_cpuset(&dir);
@@ -66,8 +75,8 @@ impl Cgroup {
     ///
     /// # Errors
     /// Where the path has no known form.
-    pub fn find(cgroups_path: &str) -> Result<Self, CgroupError> {
-        Ok(Self { dirs: dirs_of(cgroups_path)?.into_iter().filter(|d| d.is_dir()).collect() })
+    pub fn find(cgroups_path: &str, pod: &Path) -> Result<Self, CgroupError> {
+        Ok(Self { dirs: dirs_of(cgroups_path, pod)?.into_iter().filter(|d| d.is_dir()).collect() })
     }
 
     /// Its directories.
@@ -76,7 +85,7 @@ impl Cgroup {
         &self.dirs
     }
 
-    /// Kills what is still inside and removes the directories.
+    /// Kills what is still inside and removes the directories; that at `cgroupsPath` only where nobody else uses it.
     pub fn remove(&mut self) {
         for dir in std::mem::take(&mut self.dirs) {
             // The kernel lets go of a dead process a little after it was reaped.
@@ -91,8 +100,14 @@ impl Cgroup {
                     _ => break,
                 }
             }
+            remove_empty_parent(&dir);
         }
     }
+}
+
+/// The kernel refuses where there are processes or other cgroups inside.
+fn remove_empty_parent(dir: &Path) {
+    let _ = dir.parent().map(fs::remove_dir);
 }
 
 fn kill_all(dir: &Path) {
@@ -118,10 +133,18 @@ fn inherit_cpuset(dir: &Path) {
     }
 }
 
-fn dirs_of(cgroups_path: &str) -> Result<Vec<PathBuf>, CgroupError> {
+fn dirs_of(cgroups_path: &str, pod: &Path) -> Result<Vec<PathBuf>, CgroupError> {
     let relative = relative(cgroups_path).ok_or_else(|| CgroupError::Path { path: cgroups_path.into() })?;
     let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    Ok(hierarchies(&mountinfo).into_iter().map(|h| h.join(&relative)).collect())
+    let own = own_name(pod);
+    Ok(hierarchies(&mountinfo).into_iter().map(|h| h.join(&relative).join(&own)).collect())
+}
+
+/// The same for the shim and for whoever cleans up after it, and for no other pod.
+fn own_name(pod: &Path) -> String {
+    let digest = Sha256::digest(pod.as_os_str().as_bytes());
+    let hex: String = digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    format!("chsnap-{hex}")
 }
 
 /// Mount points of all hierarchies: the v2 one where there is nothing else, else those of v1.
@@ -200,25 +223,57 @@ mod tests {
         assert_eq!(hierarchies(hybrid), [Path::new("/sys/fs/cgroup/cpu")]);
     }
 
+    fn sleeper(dirs: &[PathBuf]) -> std::process::Child {
+        let child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        for dir in dirs {
+            fs::write(dir.join("cgroup.procs"), child.id().to_string()).unwrap();
+        }
+        child
+    }
+
     #[test]
     fn made_and_removed() {
         let path = format!("/chsnap-test/{}", std::process::id());
-        let Ok(mut cgroup) = Cgroup::create(&path) else {
+        let Ok(mut cgroup) = Cgroup::create(&path, Path::new("/s/default/web")) else {
             chsnap_test_skip::skip("no writable cgroup hierarchy here");
             return;
         };
         let dirs = cgroup.dirs().to_vec();
         assert!(dirs.iter().all(|d| d.is_dir()));
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        for dir in &dirs {
-            fs::write(dir.join("cgroup.procs"), child.id().to_string()).unwrap();
-        }
+        let mut child = sleeper(&dirs);
         let killer = thread::spawn(move || child.wait().unwrap());
         cgroup.remove();
         assert!(!killer.join().unwrap().success(), "what was inside is killed");
-        assert!(dirs.iter().all(|d| !d.exists()));
+        assert!(dirs.iter().all(|d| !d.parent().unwrap().exists()));
         for dir in dirs {
-            let _ = fs::remove_dir(dir.parent().unwrap());
+            let _ = fs::remove_dir(dir.ancestors().nth(2).unwrap());
         }
+    }
+
+    #[test]
+    fn what_others_have_at_the_same_path_is_left_alone() {
+        let path = format!("/chsnap-test-shared-{}", std::process::id());
+        let Ok(mut ours) = Cgroup::create(&path, Path::new("/s/default/ours")) else {
+            chsnap_test_skip::skip("no writable cgroup hierarchy here");
+            return;
+        };
+        let mut theirs = Cgroup::create(&path, Path::new("/s/default/theirs")).unwrap();
+        let shared: Vec<PathBuf> = ours.dirs().iter().map(|d| d.parent().unwrap().into()).collect();
+        let (mut pod, mut stranger) = (sleeper(theirs.dirs()), sleeper(&shared));
+        let mut child = sleeper(ours.dirs());
+        let killer = thread::spawn(move || child.wait().unwrap());
+        ours.remove();
+        assert!(!killer.join().unwrap().success());
+        // A shim that was killed is cleaned up after by name.
+        Cgroup::find(&path, Path::new("/s/default/ours")).unwrap().remove();
+        let alive = pod.try_wait().unwrap().is_none() && stranger.try_wait().unwrap().is_none();
+        for child in [&mut pod, &mut stranger] {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        assert!(shared.iter().all(|d| d.is_dir()));
+        theirs.remove();
+        assert!(alive, "a process of somebody else was killed");
+        assert!(shared.iter().all(|d| !d.exists()), "the last one leaves nothing");
     }
 }

@@ -157,6 +157,12 @@ impl State {
         entries.sort_by(|a, b| (&a.state.namespace, &a.state.id).cmp(&(&b.state.namespace, &b.state.id)));
         Ok(entries)
     }
+
+    /// The shim that has recorded itself in a pod's directory, if it still runs and is not this process.
+    pub fn living_shim(dir: &Path) -> Option<u32> {
+        let Entry { state, status } = read(&dir.join(FILE)).ok()?;
+        (status == Status::Running && state.pid != std::process::id()).then_some(state.pid)
+    }
 }
 
 /// Now, as `started_at` wants it.
@@ -200,12 +206,11 @@ fn start_ticks(pid: u32) -> Option<u64> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::process::Command;
-
+pub(crate) mod testing {
     use super::*;
 
-    fn state(id: &str, pid: u32) -> State {
+    /// The record of a shim with that pid.
+    pub fn state(id: &str, pid: u32) -> State {
         State {
             id: id.into(),
             namespace: "default".into(),
@@ -223,6 +228,13 @@ mod tests {
             phases_us: vec![("kernel".into(), 7)],
         }
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::{testing::state, *};
 
     #[test]
     fn what_was_written_is_listed_in_order() {

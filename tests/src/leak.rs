@@ -133,6 +133,10 @@ fn cgroup_dirs(namespace: &str) -> Vec<PathBuf> {
 pub(crate) fn remove_cgroups(namespace: &str) {
     for dir in cgroup_dirs(namespace) {
         for child in children(&dir).into_iter().filter(|p| p.is_dir()) {
+            // The processes of a pod have one of their own below the pod's.
+            for own in children(&child).into_iter().filter(|p| p.is_dir()) {
+                let _ = fs::remove_dir(own);
+            }
             let _ = fs::remove_dir(child);
         }
         let _ = fs::remove_dir(dir);

@@ -4,7 +4,7 @@ use std::{io, path::PathBuf};
 
 use thiserror::Error;
 
-use super::ExposeError;
+use super::{DirError, ExposeError};
 use crate::{
     agent::AgentError,
     cgroup::CgroupError,
@@ -16,14 +16,8 @@ use crate::{
 #[derive(Debug, Error)]
 pub enum StartError {
     /// The pod's directory.
-    #[error("cannot create the pod's directory {path:?}")]
-    Dir {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Dir(#[from] DirError),
     /// The pod's cgroup.
     #[error("cannot set up the pod's cgroup")]
     Cgroup(#[from] CgroupError),

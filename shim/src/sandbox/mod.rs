@@ -1,11 +1,6 @@
 //! A pod's life: its share, its machine, its agent, from the first container's creation to the last one's end.
 
-use std::{
-    fs, io,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use chsnap_protocol::agent::{CreateProcessResponse, InfoResponse, Stdio};
 use tokio::{
@@ -14,12 +9,14 @@ use tokio::{
     time::timeout,
 };
 
+mod dir;
 mod error;
 mod expose;
 mod machine;
 mod phases;
 mod plan;
 
+pub use dir::{DirError, PodDir, dir_of};
 pub use error::{ContainerError, StartError};
 pub use expose::{ExposeError, Exposed};
 pub(crate) use machine::settled;
@@ -31,7 +28,7 @@ use crate::{
     agent::Agent,
     cgroup::Cgroup,
     config::{Config, Overrides, Shape},
-    share::{self, Content, RootMount, Share, Virtiofsd},
+    share::{Content, RootMount, Share, Virtiofsd},
     vmm::{self, Vm, VmSpec},
 };
 
@@ -67,7 +64,7 @@ pub struct NewContainer<'a> {
 
 /// A pod with its machine running.
 pub struct Sandbox {
-    dir: PathBuf,
+    dir: PodDir,
     agent: Agent,
     info: InfoResponse,
     vm: Arc<dyn Vm>,
@@ -84,13 +81,16 @@ pub struct Sandbox {
 
 impl std::fmt::Debug for Sandbox {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Sandbox").field("dir", &self.dir).field("vmm_pid", &self.vm.pid()).finish_non_exhaustive()
+        f.debug_struct("Sandbox")
+            .field("dir", &self.dir.path())
+            .field("vmm_pid", &self.vm.pid())
+            .finish_non_exhaustive()
     }
 }
 
 /// What has been built so far, to be taken down in order when a step fails.
 struct Parts {
-    dir: PathBuf,
+    dir: PodDir,
     share: Option<Share>,
     cgroup: Cgroup,
     virtiofsd: Option<Virtiofsd>,
@@ -107,7 +107,7 @@ impl Parts {
         }
         self.share = None;
         self.cgroup.remove();
-        remove_dir(&self.dir);
+        self.dir.remove();
     }
 }
 
@@ -121,13 +121,12 @@ impl Sandbox {
         first: &NewContainer<'_>,
         phases: &mut Phases,
     ) -> Result<(Self, CreateProcessResponse), StartError> {
-        let dir = dir_of(&request.config.state.dir, request.namespace, request.id);
-        fs::create_dir_all(&dir).map_err(|source| StartError::Dir { path: dir.clone(), source })?;
+        let dir = PodDir::claim(&dir_of(&request.config.state.dir, request.namespace, request.id))?;
         let cgroup = match request.cgroups_path {
             "" => Ok(Cgroup::default()),
-            path => Cgroup::create(path),
+            path => Cgroup::create(path, dir.path()),
         };
-        let cgroup = cgroup.inspect_err(|_| remove_dir(&dir))?;
+        let cgroup = cgroup.inspect_err(|_| dir.remove())?;
         let mut parts = Parts { dir, share: None, cgroup, virtiofsd: None, vm: None };
         let started = Self::build(request, first, &mut parts, phases).await;
         let (agent, info, driver, streams, exposed) = match started {
@@ -145,7 +144,7 @@ impl Sandbox {
         let exposed = Arc::new(Mutex::new(Some(exposed)));
         tokio::spawn(close_when_gone(gone.clone(), Arc::clone(&exposed)));
         let sandbox = Self {
-            dir: parts.dir.clone(),
+            dir: parts.dir,
             agent,
             info,
             vm,
@@ -175,10 +174,10 @@ impl Sandbox {
         readable(&config.guest.initramfs, "initramfs")?;
         phases.mark("select");
 
-        let share = Share::create(&parts.dir.join("share"))?;
+        let share = Share::create(&parts.dir.path().join("share"))?;
         let share = parts.share.insert(share);
         add_root(share, first)?;
-        let socket = parts.dir.join("virtiofsd.sock");
+        let socket = parts.dir.path().join("virtiofsd.sock");
         let virtiofsd = Virtiofsd::spawn(&config.share, share.dir(), &socket, parts.cgroup.dirs())?;
         let virtiofsd = parts.virtiofsd.insert(virtiofsd);
         phases.mark("share");
@@ -190,7 +189,7 @@ impl Sandbox {
             initramfs: config.guest.initramfs.clone(),
             cmdline: config.guest.cmdline_words(),
             share_socket: socket,
-            run_dir: parts.dir.clone(),
+            run_dir: parts.dir.path().into(),
             cgroups: parts.cgroup.dirs().to_vec(),
             rung: config.vmm.rung,
             deadline: config.deadlines.boot.duration(),
@@ -206,7 +205,7 @@ impl Sandbox {
             .create_container(first.id, first.plan.spec_json.clone(), first.stdio.clone())
             .await
             .map_err(StartError::Container)?;
-        let exposed = Exposed::open(&parts.dir, &request.overrides.expose, &agent).await?;
+        let exposed = Exposed::open(parts.dir.path(), &request.overrides.expose, &agent).await?;
         phases.mark("container");
         Ok((agent, info, (driver.kind(), driver.accelerator()), streams, exposed))
     }
@@ -255,7 +254,7 @@ impl Sandbox {
         self.guard.abort();
         *self.share.lock().await = None;
         self.cgroup.lock().await.remove();
-        remove_dir(&self.dir);
+        self.dir.remove();
     }
 
     /// The agent.
@@ -291,7 +290,7 @@ impl Sandbox {
     /// The pod's directory.
     #[must_use]
     pub fn dir(&self) -> &Path {
-        &self.dir
+        self.dir.path()
     }
 
     /// Becomes `Some`, with the reason, when the machine is gone or of no more use.
@@ -304,48 +303,6 @@ impl Sandbox {
     pub async fn kill(&self) {
         self.vm.kill().await;
     }
-}
-
-/// `<state>/<namespace>/<id>`.
-#[must_use]
-pub fn dir_of(state: &Path, namespace: &str, id: &str) -> PathBuf {
-    state.join(namespace).join(id)
-}
-
-/// Removes a pod's directory, and its namespace's with the last one. Never recursive, see
-/// [`share::remove_leftovers`].
-pub fn remove_dir(dir: &Path) {
-    if let Err(e) = try_remove_dir(dir) {
-        log::warn!("cannot remove {}: {e}", dir.display());
-    }
-}
-
-/// The same for a pod whose shim was killed: what ran in it is dying, and may still be making files.
-pub fn remove_dir_of_dying(dir: &Path) {
-    for pause in [5, 10, 20, 50, 100, 200, 500, 1000] {
-        if try_remove_dir(dir).is_ok() {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(pause));
-    }
-    remove_dir(dir);
-}
-
-fn try_remove_dir(dir: &Path) -> io::Result<()> {
-    share::remove_leftovers(&dir.join("share"));
-    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|t| !t.is_dir()) {
-            let _ = fs::remove_file(entry.path());
-        }
-    }
-    match fs::remove_dir(dir) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-        _ => {}
-    }
-    if let Some(parent) = dir.parent() {
-        let _ = fs::remove_dir(parent);
-    }
-    Ok(())
 }
 
 /// A dead machine's ports are free for another.

@@ -23,8 +23,8 @@ use containerd_shim_protos::{shim_async::create_task, ttrpc::r#async::Server};
 use thiserror::Error as ThisError;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{Api, Events, Exit, Service, create::DIR_FILE};
-use crate::{cgroup::Cgroup, sandbox::remove_dir_of_dying};
+use super::{Api, Events, Exit, Service, chain, create::DIR_FILE};
+use crate::{cgroup::Cgroup, sandbox::PodDir};
 
 /// The runtime's name at containerd.
 pub const RUNTIME: &str = "io.containerd.chsnap.v2";
@@ -148,12 +148,17 @@ fn clean_up(bundle: &Path) {
     let cgroup = spec.as_ref().and_then(|s| s.linux().as_ref()).and_then(|l| l.cgroups_path().clone());
     // The note is there only in the bundle of a container that was in the pod's way of being made.
     let Ok(dir) = std::fs::read(bundle.join(DIR_FILE)) else { return };
+    // Another containerd's pod of the same name may have it, and then nothing of it is ours.
+    let dir = match PodDir::claim(Path::new(OsStr::from_bytes(&dir))) {
+        Ok(dir) => dir,
+        Err(e) => return eprintln!("{RUNTIME}: nothing is removed: {}", chain(&e)),
+    };
     if let Some(path) = cgroup
-        && let Ok(mut cgroup) = Cgroup::find(&path.to_string_lossy())
+        && let Ok(mut cgroup) = Cgroup::find(&path.to_string_lossy(), dir.path())
     {
         cgroup.remove();
     }
-    remove_dir_of_dying(Path::new(OsStr::from_bytes(&dir)));
+    dir.remove_of_dying();
 }
 
 /// Serves the task API until containerd says Shutdown.

@@ -6,14 +6,14 @@ use anyhow::{Context, Result, ensure};
 use chsnap_tests::{Container, Env, Output, Settings, Started, Vmm, eventually, kill, table};
 use nix::sys::signal::Signal;
 
-use crate::share::Tmpfs;
+use crate::{errors_host::pod_exists, share::Tmpfs};
 
 crate::errors! {
     config_missing, config_relative, config_syntax, config_unknown_key, config_unknown_table, config_bad_value,
     config_out_of_range, config_relative_value, annotation_unknown, annotation_value, snapshot_required,
     vcpus_too_many, memory_too_large, limit_too_large,
     host_network, host_device, foreign_pid_namespace, mount_type, log_binary,
-    bind_source_missing, cgroup_path, state_dir_unusable, state_dir_full, port_busy, kvm_wanted,
+    bind_source_missing, cgroup_path, state_dir_unusable, state_dir_full, pod_exists, port_busy, kvm_wanted,
     vmm_missing, vmm_false, vmm_old, virtiofsd_missing, virtiofsd_false,
     kernel_missing, kernel_wrong, initramfs_missing, initramfs_wrong, guest_panics, guest_hangs,
     vmm_killed, virtiofsd_killed, agent_silent,
@@ -39,9 +39,10 @@ pub fn complete() -> Result<()> {
 /// What refuses before a VM starts does not take longer than this on a busy machine.
 const AT_ONCE: Duration = Duration::from_secs(10);
 /// A boot that fails: the deadline's default is a minute.
-const A_BOOT: Duration = Duration::from_secs(45);
+pub const A_BOOT: Duration = Duration::from_secs(45);
 
-fn failed(output: Output, within: Duration) -> Result<String> {
+/// The message of what has to fail, and in that time.
+pub fn failed(output: Output, within: Duration) -> Result<String> {
     ensure!(output.code != 0, "it worked: {}", output.whole());
     ensure!(output.took < within, "{:?} instead of {within:?}: {}", output.took, output.whole());
     Ok(output.stderr)

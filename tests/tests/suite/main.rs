@@ -17,12 +17,14 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 mod cases;
 mod errors;
+mod errors_host;
 mod events;
 mod exec;
 mod expose;
 mod image;
 mod lifecycle;
 mod metrics;
+mod pod;
 mod restart;
 mod share;
 mod signals;
@@ -100,7 +102,7 @@ fn trials() -> Vec<Trial> {
 }
 
 fn all() -> impl Iterator<Item = (&'static str, Case)> {
-    let topics: [(&str, Vec<Case>); 12] = [
+    let topics: [(&str, Vec<Case>); 13] = [
         ("lifecycle", lifecycle::CASES.to_vec()),
         ("stdio", stdio::CASES.to_vec()),
         ("exec", exec::CASES.to_vec()),
@@ -108,6 +110,7 @@ fn all() -> impl Iterator<Item = (&'static str, Case)> {
         ("events", events::CASES.to_vec()),
         ("metrics", metrics::CASES.to_vec()),
         ("restart", restart::CASES.to_vec()),
+        ("pod", pod::CASES.to_vec()),
         ("share", share::CASES.to_vec()),
         ("expose", expose::CASES.to_vec()),
         ("errors", errors::CASES.to_vec()),

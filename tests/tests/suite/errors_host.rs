@@ -1,0 +1,29 @@
+//! More of what can be wrong, see `errors.rs`: what a host has beside the pod.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use chsnap_tests::{Containerd, Env, IMAGE, Tools, Version, http};
+
+use crate::errors::{A_BOOT, failed};
+
+/// Two containerds that share a state directory, each with a pod of that namespace and name.
+pub fn pod_exists(env: &Env) -> Result<String> {
+    let started = env.container().annotation("io.chsnap.expose", "8080").start()?;
+    started.wait_log("listening on port 8080")?;
+    let other = if env.daemon.version == Version::V1_6 { Version::V2_1 } else { Version::V1_6 };
+    let there = Env::new(Containerd::of(other)?, env.vmm)?;
+    let same_namespace = |args: &[&str]| there.ctr().run(args).env("CONTAINERD_NAMESPACE", &env.daemon.namespace);
+    same_namespace(&["image", "import"]).arg(&Tools::get().image).limit(Duration::from_secs(120)).text()?;
+    let twin = there.container().id(&started.id).settings(|s| s.path("state", "dir", env.daemon.pods()));
+    let output = twin.command(["true"]).run()?.env("CONTAINERD_NAMESPACE", &env.daemon.namespace).output();
+    same_namespace(&["image", "rm", "--sync", IMAGE]).text()?;
+    let message = failed(output?, A_BOOT)?;
+    // The first one has lost nothing: neither directory nor cgroup, in which its VMM is.
+    let socket = started.pod_dir().join("8080.sock");
+    let (status, _) = http::request(&mut *http::unix(&socket)?, "GET", "/healthz", b"")?;
+    ensure!(status == 200 && started.pod_dir().join("state.json").exists(), "{status}");
+    ensure!(started.sh("echo still here")? == "still here");
+    started.remove()?;
+    Ok(message)
+}
