@@ -183,7 +183,7 @@ impl<'a> Container<'a> {
         self
     }
 
-    /// Another image.
+    /// Another image; none where it is empty, since a specification (`--config`) says everything.
     #[must_use]
     pub fn image(mut self, image: &str) -> Self {
         self.image = image.into();
@@ -230,7 +230,8 @@ impl<'a> Container<'a> {
         if verb == ["run"] {
             run = run.arg("--fifo-dir").arg(self.env.daemon.run.join("fifo"));
         }
-        Ok(run.args(&self.flags).arg(&self.image).arg(&self.id).args(&self.command).limit(START_LIMIT))
+        let image = Some(&self.image).filter(|image| !image.is_empty());
+        Ok(run.args(&self.flags).args(image).arg(&self.id).args(&self.command).limit(START_LIMIT))
     }
 
     /// `ctr run --rm` in the foreground.

@@ -6,17 +6,23 @@ use anyhow::{Context, Result, ensure};
 use chsnap_tests::{Container, Env, Output, Settings, Started, Vmm, eventually, kill, table};
 use nix::sys::signal::Signal;
 
-use crate::{errors_host::pod_exists, share::Tmpfs};
+use crate::{
+    errors_asked::{
+        foreign_pid_namespace, host_device, host_ipc, host_network, host_pid, mount_type, oci_hooks, user_namespace,
+    },
+    errors_host::pod_exists,
+    share::Tmpfs,
+};
 
 crate::errors! {
-    config_missing, config_relative, config_syntax, config_unknown_key, config_unknown_table, config_bad_value,
-    config_out_of_range, config_relative_value, annotation_unknown, annotation_value, snapshot_required,
-    vcpus_too_many, memory_too_large, limit_too_large,
-    host_network, host_device, foreign_pid_namespace, mount_type, log_binary,
-    bind_source_missing, cgroup_path, state_dir_unusable, state_dir_full, pod_exists, port_busy, kvm_wanted,
+    config_missing, config_directory, config_relative, config_syntax, config_unknown_key, config_unknown_table,
+    config_bad_value, config_out_of_range, config_relative_value, annotation_unknown, annotation_value,
+    snapshot_required, vcpus_too_many, memory_too_large, limit_too_large,
+    host_network, host_pid, host_ipc, host_device, foreign_pid_namespace, user_namespace, oci_hooks, mount_type,
+    log_binary, bind_source_missing, cgroup_path, state_dir_unusable, state_dir_full, pod_exists, port_busy, kvm_wanted,
     vmm_missing, vmm_false, vmm_old, virtiofsd_missing, virtiofsd_false,
-    kernel_missing, kernel_wrong, initramfs_missing, initramfs_wrong, guest_panics, guest_hangs,
-    vmm_killed, virtiofsd_killed, agent_silent,
+    kernel_missing, kernel_wrong, initramfs_missing, initramfs_wrong, init_fails, guest_panics, guest_hangs,
+    guest_crashes, vmm_killed, virtiofsd_killed, agent_silent,
     program_missing, exec_missing, exec_stopped, exec_twice, kill_finished,
 }
 
@@ -37,7 +43,7 @@ pub fn complete() -> Result<()> {
 }
 
 /// What refuses before a VM starts does not take longer than this on a busy machine.
-const AT_ONCE: Duration = Duration::from_secs(10);
+pub const AT_ONCE: Duration = Duration::from_secs(10);
 /// A boot that fails: the deadline's default is a minute.
 pub const A_BOOT: Duration = Duration::from_secs(45);
 
@@ -48,7 +54,8 @@ pub fn failed(output: Output, within: Duration) -> Result<String> {
     Ok(output.stderr)
 }
 
-fn refused(container: Container<'_>) -> Result<String> {
+/// The message of what is refused before a VM starts.
+pub fn refused(container: Container<'_>) -> Result<String> {
     failed(container.command(["true"]).output()?, AT_ONCE)
 }
 
@@ -58,6 +65,12 @@ fn with(env: &Env, change: impl FnOnce(Settings) -> Settings) -> Container<'_> {
 
 fn config_missing(env: &Env) -> Result<String> {
     refused(env.container().flags(["--runtime-config-path", "/no/such/config.toml"]))
+}
+
+fn config_directory(env: &Env) -> Result<String> {
+    let dir = env.dir.join("config.d");
+    fs::create_dir(&dir)?;
+    refused(env.container().flags(["--runtime-config-path", &dir.display().to_string()]))
 }
 
 fn config_relative(env: &Env) -> Result<String> {
@@ -111,22 +124,6 @@ fn memory_too_large(env: &Env) -> Result<String> {
 fn limit_too_large(env: &Env) -> Result<String> {
     let limit = (2_u64 << 30).to_string();
     refused(with(env, |s| s.set("guest", "max_memory", "\"1GiB\"")).flags(["--memory-limit", &limit]))
-}
-
-fn host_network(env: &Env) -> Result<String> {
-    refused(env.container().flags(["--net-host"]))
-}
-
-fn host_device(env: &Env) -> Result<String> {
-    refused(env.container().flags(["--device", "/dev/null"]))
-}
-
-fn foreign_pid_namespace(env: &Env) -> Result<String> {
-    refused(env.container().flags(["--with-ns", "pid:/proc/1/ns/pid"]))
-}
-
-fn mount_type(env: &Env) -> Result<String> {
-    refused(env.container().flags(["--mount", "type=nfs,src=host:/x,dst=/mnt"]))
 }
 
 fn log_binary(env: &Env) -> Result<String> {
@@ -237,6 +234,12 @@ fn initramfs_wrong(env: &Env) -> Result<String> {
     failed(with(env, |s| s.path("guest", "initramfs", text)).command(["true"]).output()?, A_BOOT)
 }
 
+/// virtiofs is not there to be mounted.
+fn init_fails(env: &Env) -> Result<String> {
+    let container = with(env, |s| s.set("guest", "cmdline", "\"initcall_blacklist=virtio_fs_init\""));
+    failed(container.command(["true"]).output()?, A_BOOT)
+}
+
 fn guest_panics(env: &Env) -> Result<String> {
     let container = with(env, |s| s.set("guest", "cmdline", "\"rdinit=/nonexistent init=/nonexistent\""));
     failed(container.command(["true"]).output()?, A_BOOT)
@@ -278,6 +281,20 @@ fn vmm_killed(env: &Env) -> Result<String> {
 fn virtiofsd_killed(env: &Env) -> Result<String> {
     let started = sleeper(env)?;
     kill(env.process("virtiofsd")?.pid, Signal::SIGKILL)?;
+    let left = eventually(Duration::from_secs(10), || env.processes(env.vmm_name()).is_empty().then_some(()));
+    ensure!(left.is_some(), "the VMM runs on without its files");
+    gone(env, started)
+}
+
+/// A container with the means to crash its kernel does.
+fn guest_crashes(env: &Env) -> Result<String> {
+    const CRASH: &str = "\
+import ctypes, os
+os.mkdir('/tmp/p')
+ctypes.CDLL(None).mount(b'proc', b'/tmp/p', b'proc', 0, None)
+open('/tmp/p/sysrq-trigger', 'w').write('c')
+";
+    let started = env.container().flags(["--cap-add", "CAP_SYS_ADMIN"]).python(CRASH).start()?;
     gone(env, started)
 }
 

@@ -1,7 +1,7 @@
 //! From `ctr run` to `ctr task rm`.
 
 use anyhow::{Context, Result, ensure};
-use chsnap_tests::{Env, IMAGE, Run, Started, Version};
+use chsnap_tests::{Env, IMAGE, Started, Version};
 use serde_json::{Value, json};
 
 crate::cases! {

@@ -17,6 +17,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 mod cases;
 mod errors;
+mod errors_asked;
 mod errors_host;
 mod events;
 mod exec;

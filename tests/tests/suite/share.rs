@@ -48,21 +48,21 @@ fn in_the_snapshot(env: &Env) -> Result<()> {
     let started = env.container().sh("sleep 1000").start()?;
     started.sh(OPERATIONS)?;
     let upper = started.upper("overlayfs")?;
-    let work = upper.join("work");
+    let data = upper.join("data");
     let look = || -> Result<()> {
-        let plain = meta(work.join("plain"))?;
+        let plain = meta(data.join("plain"))?;
         ensure!((plain.uid(), plain.gid(), plain.mode() & 0o7777) == (1234, 5678, 0o640), "{plain:?}");
-        ensure!(plain.nlink() == 2 && plain.ino() == meta(work.join("hard"))?.ino(), "{plain:?}");
-        ensure!(fs::read_to_string(work.join("plain"))? == "written\n");
-        ensure!(fs::read_link(work.join("soft"))?.as_os_str() == "plain");
-        ensure!(fs::read_to_string(work.join("sub/after"))? == "moved\n" && !work.join("before").exists());
-        ensure!(meta(work.join("sub/after"))?.mode() & 0o7777 == 0o4755);
-        ensure!(!work.join("gone").exists() && work.join("name with ünï").is_file());
-        let sparse = meta(work.join("sparse"))?;
+        ensure!(plain.nlink() == 2 && plain.ino() == meta(data.join("hard"))?.ino(), "{plain:?}");
+        ensure!(fs::read_to_string(data.join("plain"))? == "written\n");
+        ensure!(fs::read_link(data.join("soft"))?.as_os_str() == "plain");
+        ensure!(fs::read_to_string(data.join("sub/after"))? == "moved\n" && !data.join("before").exists());
+        ensure!(meta(data.join("sub/after"))?.mode() & 0o7777 == 0o4755);
+        ensure!(!data.join("gone").exists() && data.join("name with ünï").is_file());
+        let sparse = meta(data.join("sparse"))?;
         ensure!(sparse.len() == 100 << 20 && sparse.blocks() * 512 < 1 << 20, "not sparse: {} blocks", sparse.blocks());
-        ensure!(meta(work.join("sticky"))?.permissions().mode() & 0o7777 == 0o1777);
-        ensure!(meta(work.join("old"))?.mtime() == 981_173_106);
-        ensure!(&fs::read(work.join("mapped"))?[4096..4102] == b"mapped");
+        ensure!(meta(data.join("sticky"))?.permissions().mode() & 0o7777 == 0o1777);
+        ensure!(meta(data.join("old"))?.mtime() == 981_173_106);
+        ensure!(&fs::read(data.join("mapped"))?[4096..4102] == b"mapped");
         let whiteout = meta(upper.join("etc/debian_version"))?;
         ensure!(whiteout.rdev() == 0 && whiteout.mode() & 0o170_000 == 0o020_000, "no whiteout: {whiteout:?}");
         ensure!(fs::read_to_string(upper.join("etc/issue"))?.ends_with("changed\n"));
@@ -76,8 +76,8 @@ fn in_the_snapshot(env: &Env) -> Result<()> {
     env.ctr().wait_status(&started.id, "STOPPED")?;
     env.ctr().output(["task", "rm", &started.id])?;
     look().context("after its end")?;
-    ensure!(fs::read_to_string(work.join("late"))? == "late\n");
-    let host = chsnap_tests::Run::new("sha256sum").stdin(fs::read(work.join("big"))?).text()?;
+    ensure!(fs::read_to_string(data.join("late"))? == "late\n");
+    let host = chsnap_tests::Run::new("sha256sum").stdin(fs::read(data.join("big"))?).text()?;
     ensure!(host == sum, "{host} on the host, {sum} in the container");
     started.remove()
 }
