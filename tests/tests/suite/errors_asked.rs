@@ -55,9 +55,6 @@ pub fn host_ipc(env: &Env) -> Result<String> {
 
 pub fn user_namespace(env: &Env) -> Result<String> {
     specified(env, |spec| {
-        let map = json!([{ "containerID": 0, "hostID": 100_000, "size": 65536 }]);
-        spec["linux"]["uidMappings"] = map.clone();
-        spec["linux"]["gidMappings"] = map;
         let namespaces = spec["linux"]["namespaces"].as_array_mut();
         namespaces.into_iter().for_each(|all| all.push(json!({ "type": "user" })));
     })
