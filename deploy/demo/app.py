@@ -60,6 +60,8 @@ class Handler(BaseHTTPRequestHandler):
                 {
                     "hello": "from a microVM",
                     "kernel": u.release,
+                    # A kernel of its own, though it may be of the host's release.
+                    "boot_id": open("/proc/sys/kernel/random/boot_id").read().strip(),
                     "machine": u.machine,
                     "hostname": u.nodename,
                     "pid": os.getpid(),
