@@ -9,7 +9,7 @@ use std::{env, error::Error, path::PathBuf, time::Instant};
 use chsnap::{
     agent::Agent,
     config::{Config, Expose},
-    sandbox::{Exposed, Plan},
+    sandbox::{Division, Exposed, Plan},
     share::{self, Content, RootMount, Share, Virtiofsd},
     vmm::{self, VmSpec},
 };
@@ -32,17 +32,14 @@ async fn run(began: Instant) -> Result<(), Box<dyn Error>> {
     let config = Config::load(Some(config.as_ref()))?;
     let dir = PathBuf::from(socket).with_extension("d");
     std::fs::create_dir_all(&dir)?;
-    let share = Share::create(&dir.join("share"))?;
+    let share = Share::create(&dir)?;
     let plan = Plan::of(NAME, serde_json::from_value(spec(program))?)?;
     let root = [RootMount { fstype: "bind".into(), source: rootfs.clone(), options: vec!["rbind".into()] }];
-    let content = Content {
-        mounts: &root,
-        binds: &plan.binds,
-        staged: &plan.staged,
-        mountpoints: &plan.mountpoints,
-        readonly: false,
-    };
-    share.add_container(NAME, &content)?;
+    let assembly = share.assemble(NAME, &root)?;
+    let division = plan.divide(|place, hidden| assembly.resolve(place, hidden))?;
+    let spec_json = plan.spec_json(&division)?;
+    let Division { binds, staged, mountpoints, .. } = &division;
+    assembly.publish(&Content { binds, staged, mountpoints, readonly: false })?;
     let driver = vmm::select(&config.vmm).await?;
     let share_socket = dir.join("virtiofsd.sock");
     let mut virtiofsd = Virtiofsd::spawn(&config.share, share.dir(), &share_socket, &[])?;
@@ -62,7 +59,7 @@ async fn run(began: Instant) -> Result<(), Box<dyn Error>> {
     let spawned = began.elapsed();
     let (agent, _) = Agent::open(vm.channel().await?, config.deadlines.agent_call.duration()).await?;
     let agent_up = began.elapsed();
-    agent.create_container(NAME, plan.spec_json.clone(), Stdio::default()).await?;
+    agent.create_container(NAME, spec_json, Stdio::default()).await?;
     agent.start(NAME, "").await?;
     let started = began.elapsed();
     // `<dir>/8080.sock`, under the name the caller chose.

@@ -148,7 +148,7 @@ fn try_claim(path: &Path) -> io::Result<Option<Flock<File>>> {
 }
 
 fn clear(path: &Path) {
-    share::remove_leftovers(&path.join("share"));
+    share::remove_leftovers(path);
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|t| !t.is_dir()) {
             let _ = fs::remove_file(entry.path());

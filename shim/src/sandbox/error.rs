@@ -4,13 +4,24 @@ use std::{io, path::PathBuf};
 
 use thiserror::Error;
 
-use super::{DirError, ExposeError};
+use super::{DirError, ExposeError, PlanError};
 use crate::{
     agent::AgentError,
     cgroup::CgroupError,
     share::{ShareError, VirtiofsdError},
     vmm::{BootError, ChannelError, SelectError},
 };
+
+/// A container's root file system is not as wanted.
+#[derive(Debug, Error)]
+pub enum RootError {
+    /// On the host.
+    #[error("cannot share the root file system")]
+    Share(#[from] ShareError),
+    /// For the guest.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+}
 
 /// The pod's machine could not be started.
 #[derive(Debug, Error)]
@@ -36,8 +47,8 @@ pub enum StartError {
         source: io::Error,
     },
     /// The root file system.
-    #[error("cannot share the root file system")]
-    Share(#[from] ShareError),
+    #[error(transparent)]
+    Root(#[from] RootError),
     /// virtiofsd cannot be run.
     #[error("cannot serve the root file system")]
     Virtiofsd(#[from] VirtiofsdError),
@@ -79,8 +90,8 @@ pub enum StartError {
 #[derive(Debug, Error)]
 pub enum ContainerError {
     /// The root file system.
-    #[error("cannot share the root file system")]
-    Share(#[from] ShareError),
+    #[error(transparent)]
+    Root(#[from] RootError),
     /// The agent refused it.
     #[error("the guest cannot create the container")]
     Agent(#[source] AgentError),

@@ -17,12 +17,12 @@ mod phases;
 mod plan;
 
 pub use dir::{DirError, PodDir, dir_of};
-pub use error::{ContainerError, StartError};
+pub use error::{ContainerError, RootError, StartError};
 pub use expose::{ExposeError, Exposed};
 pub(crate) use machine::settled;
 use machine::{boot, meet_agent, watch_over};
 pub use phases::Phases;
-pub use plan::{Plan, PlanError};
+pub use plan::{Division, Plan, PlanError};
 
 use crate::{
     agent::Agent,
@@ -174,9 +174,9 @@ impl Sandbox {
         readable(&config.guest.initramfs, "initramfs")?;
         phases.mark("select");
 
-        let share = Share::create(&parts.dir.path().join("share"))?;
+        let share = Share::create(parts.dir.path()).map_err(RootError::from)?;
         let share = parts.share.insert(share);
-        add_root(share, first)?;
+        let spec_json = add_root(share, first)?;
         let socket = parts.dir.path().join("virtiofsd.sock");
         let virtiofsd = Virtiofsd::spawn(&config.share, share.dir(), &socket, parts.cgroup.dirs())?;
         let virtiofsd = parts.virtiofsd.insert(virtiofsd);
@@ -201,10 +201,8 @@ impl Sandbox {
         // The guest's own clock says what vm_init.sh and the agent took; the rest of the wait is firmware and kernel.
         let init_to_ready = Duration::from_nanos(info.agent_ready_ns.saturating_sub(info.init_start_ns));
         phases.mark_two("kernel", "agent", init_to_ready);
-        let streams = agent
-            .create_container(first.id, first.plan.spec_json.clone(), first.stdio.clone())
-            .await
-            .map_err(StartError::Container)?;
+        let streams =
+            agent.create_container(first.id, spec_json, first.stdio.clone()).await.map_err(StartError::Container)?;
         let exposed = Exposed::open(parts.dir.path(), &request.overrides.expose, &agent).await?;
         phases.mark("container");
         Ok((agent, info, (driver.kind(), driver.accelerator()), streams, exposed))
@@ -217,8 +215,8 @@ impl Sandbox {
     pub async fn add(&self, new: &NewContainer<'_>) -> Result<CreateProcessResponse, ContainerError> {
         let share = self.share.lock().await;
         let share = share.as_ref().ok_or(ContainerError::Stopped)?;
-        add_root(share, new)?;
-        let created = self.agent.create_container(new.id, new.plan.spec_json.clone(), new.stdio.clone()).await;
+        let spec_json = add_root(share, new)?;
+        let created = self.agent.create_container(new.id, spec_json, new.stdio.clone()).await;
         created.map_err(|e| {
             share.remove_container(new.id);
             ContainerError::Agent(e)
@@ -315,14 +313,16 @@ fn readable(path: &Path, what: &'static str) -> Result<(), StartError> {
     fs::File::open(path).map(drop).map_err(|source| StartError::GuestFile { what, path: path.into(), source })
 }
 
-fn add_root(share: &Share, new: &NewContainer<'_>) -> Result<(), crate::share::ShareError> {
-    let plan = new.plan;
-    let content = Content {
-        mounts: new.rootfs,
-        binds: &plan.binds,
-        staged: &plan.staged,
-        mountpoints: &plan.mountpoints,
-        readonly: plan.readonly,
-    };
-    share.add_container(new.id, &content)
+/// Puts the container's root into the share; answers its specification for the agent.
+fn add_root(share: &Share, new: &NewContainer<'_>) -> Result<Vec<u8>, RootError> {
+    let assembly = share.assemble(new.id, new.rootfs)?;
+    let division = new.plan.divide(|place, hidden| assembly.resolve(place, hidden))?;
+    let spec_json = new.plan.spec_json(&division)?;
+    assembly.publish(&Content {
+        binds: &division.binds,
+        staged: &division.staged,
+        mountpoints: &division.mountpoints,
+        readonly: new.plan.readonly,
+    })?;
+    Ok(spec_json)
 }

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use chsnap_protocol::SHARE_MOUNT;
-use oci_spec::runtime::{LinuxNamespaceType, MountBuilder, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use thiserror::Error;
 
 use crate::share::Bind;
@@ -28,40 +28,53 @@ pub enum PlanError {
     /// It cannot be written for the guest.
     #[error("the OCI specification cannot be passed on")]
     Json(#[from] serde_json::Error),
-    /// A mount that the builder refuses.
-    #[error("mount on {destination:?} cannot be passed on: {reason}")]
-    Mount {
-        /// Where.
-        destination: PathBuf,
-        /// Why.
-        reason: String,
-    },
+}
+
+/// A specification that can be honoured.
+#[derive(Debug)]
+pub struct Plan {
+    container: String,
+    /// The root is closed for writing.
+    pub readonly: bool,
+    /// The container's terminal.
+    pub terminal: bool,
+    /// Asked for, but left out: the VM does its work.
+    pub ignored: Vec<&'static str>,
+    /// For the agent, but for the mounts.
+    spec: Spec,
+    /// In the specification's order.
+    mounts: Vec<Wanted>,
+}
+
+#[derive(Debug)]
+enum Wanted {
+    /// Of something on the host.
+    Bind(Bind),
+    /// Of something that the guest makes.
+    Guest(Mount),
 }
 
 /// What host and guest do for one container.
-#[derive(Debug)]
-pub struct Plan {
+#[derive(Debug, Default)]
+pub struct Division {
     /// Bound into the root on the host.
     pub binds: Vec<Bind>,
     /// Bound beside the root on the host, and from there by the guest: their places lie below a mount of the guest's.
     pub staged: Vec<Bind>,
     /// Where the guest mounts something.
     pub mountpoints: Vec<PathBuf>,
-    /// The root is closed for writing.
-    pub readonly: bool,
     /// For the agent.
-    pub spec_json: Vec<u8>,
-    /// The container's terminal.
-    pub terminal: bool,
-    /// Asked for, but left out: the VM does its work.
-    pub ignored: Vec<&'static str>,
+    pub for_guest: Vec<Mount>,
 }
 
 /// File systems that the guest mounts itself.
 const GUEST_TYPES: &[&str] = &["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
 
+/// The longest that a kernel takes, and a DNS label may be.
+const MAX_HOSTNAME: usize = 63;
+
 impl Plan {
-    /// Divides `spec` of `container`.
+    /// Judges `spec` of `container`.
     ///
     /// # Errors
     /// See [`PlanError`].
@@ -73,62 +86,81 @@ impl Plan {
             return Err(PlanError::Missing("process.args"));
         }
         let terminal = process.terminal().unwrap_or(false);
-        let mut plan = Self {
-            binds: Vec::new(),
-            staged: Vec::new(),
-            mountpoints: Vec::new(),
-            readonly,
-            spec_json: Vec::new(),
-            terminal,
-            ignored: ignored(&spec),
-        };
-        plan.divide_mounts(container, &mut spec)?;
+        let ignored = ignored(&spec);
+        let mounts = spec.mounts().clone().unwrap_or_default().into_iter().map(wanted).collect::<Result<_, _>>()?;
         if spec.hostname().as_ref().is_none_or(String::is_empty) {
             // runc would leave the host's name there, which is not the guest's.
-            spec.set_hostname(Some(container.into()));
+            spec.set_hostname(Some(container.chars().take(MAX_HOSTNAME).collect()));
         }
         if let Some(root) = spec.root_mut() {
             root.set_path(guest_dir(container).join("rootfs"));
             // The host closes it.
             root.set_readonly(Some(false));
         }
-        plan.spec_json = serde_json::to_vec(&spec)?;
-        Ok(plan)
+        Ok(Self { container: container.into(), readonly, terminal, ignored, spec, mounts })
     }
 
-    fn divide_mounts(&mut self, container: &str, spec: &mut Spec) -> Result<(), PlanError> {
-        let mut for_guest = Vec::new();
-        for m in spec.mounts().clone().unwrap_or_default() {
-            let options = m.options().clone().unwrap_or_default();
-            let fstype = m.typ().clone().unwrap_or_default();
-            let destination = m.destination().clone();
-            let is_bind = fstype == "bind" || options.iter().any(|o| o == "bind" || o == "rbind");
-            if is_bind {
-                let source = m.source().clone().ok_or(PlanError::Missing("source of a bind mount"))?;
-                if self.mountpoints.iter().any(|p| destination.starts_with(p)) {
-                    let place = PathBuf::from(format!("binds/{}", self.staged.len()));
-                    let guest_source = guest_dir(container).join(&place);
-                    self.staged.push(Bind { source, destination: place, options: options.clone() });
-                    for_guest.push(bind_in_guest(&destination, guest_source, &options)?);
-                } else {
-                    self.binds.push(Bind { source, destination, options });
+    /// Divides the mounts. `resolve` tells where a place leads in the container's root, and is told where the guest
+    /// will have mounted something by then: `/var/run/x` may well be below a tmpfs on `/run`.
+    ///
+    /// # Errors
+    /// Those of `resolve`.
+    pub fn divide<E>(&self, mut resolve: impl FnMut(&Path, &[PathBuf]) -> Result<PathBuf, E>) -> Result<Division, E> {
+        let mut division = Division::default();
+        for wanted in &self.mounts {
+            let written = match wanted {
+                Wanted::Bind(bind) => &bind.destination,
+                Wanted::Guest(m) => m.destination(),
+            };
+            let destination = resolve(written, &division.mountpoints)?;
+            let below = division.mountpoints.iter().any(|p| destination.starts_with(p));
+            match wanted {
+                Wanted::Bind(bind) if below => {
+                    let place = PathBuf::from(format!("binds/{}", division.staged.len()));
+                    let source = guest_dir(&self.container).join(&place);
+                    division.staged.push(Bind { destination: place, ..bind.clone() });
+                    division.for_guest.push(bind_in_guest(destination, source, &bind.options));
                 }
-            } else if GUEST_TYPES.contains(&fstype.as_str()) {
-                // Below a mount of the guest's, the guest makes the place itself.
-                if !self.mountpoints.iter().any(|p| destination.starts_with(p)) {
-                    self.mountpoints.push(destination);
+                Wanted::Bind(bind) => division.binds.push(Bind { destination, ..bind.clone() }),
+                Wanted::Guest(m) => {
+                    // Below a mount of the guest's, the guest makes the place itself.
+                    if !below {
+                        division.mountpoints.push(destination.clone());
+                    }
+                    let mut m = m.clone();
+                    m.set_destination(destination);
+                    division.for_guest.push(m);
                 }
-                for_guest.push(m);
-            } else {
-                return Err(PlanError::Unsupported {
-                    what: format!("a mount of type {fstype:?} on {destination:?}"),
-                    hint: "use bind, tmpfs, proc, sysfs, devpts, mqueue or cgroup",
-                });
             }
         }
-        spec.set_mounts(Some(for_guest));
-        Ok(())
+        Ok(division)
     }
+
+    /// The specification for the agent.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    pub fn spec_json(&self, division: &Division) -> Result<Vec<u8>, PlanError> {
+        let mut spec = self.spec.clone();
+        spec.set_mounts(Some(division.for_guest.clone()));
+        Ok(serde_json::to_vec(&spec)?)
+    }
+}
+
+fn wanted(m: Mount) -> Result<Wanted, PlanError> {
+    let options = m.options().clone().unwrap_or_default();
+    let fstype = m.typ().as_deref().unwrap_or_default();
+    if fstype == "bind" || options.iter().any(|o| o == "bind" || o == "rbind") {
+        let source = m.source().clone().ok_or(PlanError::Missing("source of a bind mount"))?;
+        return Ok(Wanted::Bind(Bind { source, destination: m.destination().clone(), options }));
+    }
+    if GUEST_TYPES.contains(&fstype) {
+        return Ok(Wanted::Guest(m));
+    }
+    Err(PlanError::Unsupported {
+        what: format!("a mount of type {fstype:?} on {:?}", m.destination()),
+        hint: "use bind, tmpfs, proc, sysfs, devpts, mqueue or cgroup",
+    })
 }
 
 /// A container's directory of the share, as the guest sees it.
@@ -136,20 +168,14 @@ fn guest_dir(container: &str) -> PathBuf {
     Path::new(SHARE_MOUNT).join(container)
 }
 
-fn bind_in_guest(
-    destination: &Path,
-    source: PathBuf,
-    options: &[String],
-) -> Result<oci_spec::runtime::Mount, PlanError> {
-    let kept: Vec<String> =
-        options.iter().filter(|o| matches!(o.as_str(), "ro" | "nosuid" | "nodev" | "noexec")).cloned().collect();
-    MountBuilder::default()
-        .destination(destination)
-        .typ("bind")
-        .source(source)
-        .options([vec!["rbind".into()], kept].concat())
-        .build()
-        .map_err(|e| PlanError::Mount { destination: destination.into(), reason: e.to_string() })
+fn bind_in_guest(destination: PathBuf, source: PathBuf, options: &[String]) -> Mount {
+    let kept = options.iter().filter(|o| matches!(o.as_str(), "ro" | "nosuid" | "nodev" | "noexec")).cloned();
+    let mut m = Mount::default();
+    m.set_destination(destination);
+    m.set_typ(Some("bind".into()));
+    m.set_source(Some(source));
+    m.set_options(Some([String::from("rbind")].into_iter().chain(kept).collect()));
+    m
 }
 
 fn check_features(spec: &Spec) -> Result<(), PlanError> {
@@ -222,20 +248,52 @@ mod tests {
         serde_json::from_value(value).unwrap()
     }
 
+    fn divide(plan: &Plan) -> Division {
+        plan.divide(|place, _| Ok::<_, ()>(place.into())).unwrap()
+    }
+
     #[test]
     fn mounts_are_divided() {
-        let plan = Plan::of("web", spec(|_| ())).unwrap();
-        assert!(plan.readonly);
+        let whole = Plan::of("web", spec(|_| ())).unwrap();
+        assert!(whole.readonly);
+        let plan = divide(&whole);
         assert_eq!(plan.binds.len(), 1);
         assert_eq!(plan.binds[0].destination, Path::new("/etc/hosts"));
         assert_eq!(plan.staged.len(), 1, "what the guest's tmpfs would hide is bound by the guest");
         assert_eq!(plan.mountpoints, [Path::new("/proc"), Path::new("/run")]);
-        let guest: Spec = serde_json::from_slice(&plan.spec_json).unwrap();
+        let guest: Spec = serde_json::from_slice(&whole.spec_json(&plan).unwrap()).unwrap();
         assert_eq!(guest.hostname().as_deref(), Some("web"));
         let mounts = guest.mounts().as_ref().unwrap();
         assert_eq!(mounts.len(), 4);
         assert_eq!(mounts[3].source().as_ref().unwrap(), Path::new("/run/chsnap/share/web/binds/0"));
         assert_eq!(guest.root().as_ref().unwrap().path(), Path::new("/run/chsnap/share/web/rootfs"));
+    }
+
+    #[test]
+    fn a_place_is_judged_by_where_it_leads() {
+        let mounts = json!([
+            {"destination": "/run", "type": "tmpfs", "source": "tmpfs"},
+            {"destination": "/var/run/secrets", "type": "bind", "source": "/host/s", "options": ["rbind", "ro"]},
+            {"destination": "/var/run/lock", "type": "tmpfs", "source": "tmpfs"},
+        ]);
+        let whole = Plan::of("web", spec(|v| v["mounts"] = mounts)).unwrap();
+        let plan = whole.divide(|place, hidden| {
+            assert!(place == Path::new("/run") || hidden == [PathBuf::from("/run")]);
+            Ok::<_, ()>(place.strip_prefix("/var").map_or(place.into(), |rest| Path::new("/").join(rest)))
+        });
+        let plan = plan.unwrap();
+        assert_eq!((plan.binds.len(), plan.staged.len()), (0, 1), "the tmpfs would hide it");
+        assert_eq!(plan.mountpoints, [Path::new("/run")]);
+        let places: Vec<_> = plan.for_guest.iter().map(|m| m.destination().to_str().unwrap()).collect();
+        assert_eq!(places, ["/run", "/run/secrets", "/run/lock"]);
+        assert_eq!(plan.for_guest[1].options().as_deref().unwrap(), ["rbind", "ro"]);
+    }
+
+    #[test]
+    fn a_long_id_becomes_a_name_that_a_kernel_takes() {
+        let id = "x".repeat(76);
+        let plan = Plan::of(&id, spec(|_| ())).unwrap();
+        assert_eq!(plan.spec.hostname().as_deref().unwrap().len(), 63);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! in the image leads a mount out of the root, and everything is done on descriptors of what was found.
 
 use std::{
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     io,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Component, Path, PathBuf},
@@ -12,7 +12,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
+    fcntl::{OFlag, OpenHow, ResolveFlag, openat2, readlinkat},
     mount::{MsFlags, mount},
     sys::stat::{Mode, mkdirat},
 };
@@ -93,6 +93,56 @@ pub(super) fn make_readonly(root: &Path) -> Result<(), BindError> {
     mount(None::<&str>, root, None::<&str>, flags, None::<&str>).map_err(failed)
 }
 
+/// As many symbolic links as the kernel follows.
+const MAX_LINKS: u32 = 40;
+
+/// Where in `root` the path `place` leads, every symbolic link followed as a process inside would see it; what is
+/// missing is taken as it is written. Nothing is looked up below `hidden`: the guest mounts something there.
+pub(super) fn resolve(root: &Path, place: &Path, hidden: &[PathBuf]) -> Result<PathBuf, BindError> {
+    let failed = |source| BindError::Mountpoint { path: place.into(), source };
+    let mut rest: Vec<OsString> = names(place);
+    let mut done = PathBuf::from("/");
+    let mut links = 0;
+    while let Some(name) = rest.pop() {
+        if name == ".." {
+            done.pop();
+            continue;
+        }
+        if hidden.iter().any(|h| done.starts_with(h)) {
+            done.push(name);
+            continue;
+        }
+        let target = open_in_root(root, &done, OFlag::O_PATH, Mode::empty())
+            .and_then(|parent| readlinkat(parent.as_fd(), name.as_os_str()));
+        match target {
+            Ok(target) => {
+                links += 1;
+                if links > MAX_LINKS {
+                    return Err(failed(Errno::ELOOP));
+                }
+                if Path::new(&target).is_absolute() {
+                    done = PathBuf::from("/");
+                }
+                rest.extend(names(Path::new(&target)));
+            }
+            // No link, or not there.
+            Err(Errno::EINVAL | Errno::ENOENT | Errno::ENOTDIR) => done.push(name),
+            Err(e) => return Err(failed(e)),
+        }
+    }
+    Ok(done)
+}
+
+/// The parts of a path, the last one first.
+fn names(path: &Path) -> Vec<OsString> {
+    let parts = path.components().rev().filter_map(|part| match part {
+        Component::Normal(name) => Some(name.into()),
+        Component::ParentDir => Some("..".into()),
+        _ => None,
+    });
+    parts.collect()
+}
+
 /// Opens the mount point at `place`, made with its parents where it is missing, as runc does.
 pub(super) fn make_mountpoint(root: &Path, place: &Path, directory: bool) -> Result<OwnedFd, BindError> {
     let failed = |source| BindError::Mountpoint { path: place.into(), source };
@@ -158,6 +208,34 @@ mod tests {
         make_mountpoint(&root, Path::new("/up/file"), false).unwrap();
         assert!(std::fs::read_dir(&outside).unwrap().next().is_none());
         assert!(root.join("file").exists(), "`..` stops at the root");
+    }
+
+    #[test]
+    fn links_are_followed_as_seen_from_inside() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        std::fs::create_dir_all(root.join("var")).unwrap();
+        std::fs::create_dir_all(root.join("run")).unwrap();
+        std::fs::create_dir_all(root.join("etc")).unwrap();
+        symlink("/run", root.join("var/run")).unwrap();
+        symlink("../run/resolve/stub.conf", root.join("etc/resolv.conf")).unwrap();
+        symlink("../../../../etc", root.join("up")).unwrap();
+        symlink("loop", root.join("loop")).unwrap();
+        symlink("/etc", root.join("run/link")).unwrap();
+        let hidden = [PathBuf::from("/run")];
+        for (place, hidden, expected) in [
+            ("/var/run/x/y", &hidden[..], "/run/x/y"),
+            ("/etc/resolv.conf", &[], "/run/resolve/stub.conf"),
+            ("/up/hosts", &[], "/etc/hosts"),
+            ("/a/../../b/./c", &[], "/b/c"),
+            ("/run/link/x", &[], "/etc/x"),
+            // What the image has there is not seen once the guest has mounted something on it.
+            ("/run/link/x", &hidden[..], "/run/link/x"),
+            ("/", &[], "/"),
+        ] {
+            assert_eq!(resolve(root, Path::new(place), hidden).unwrap(), Path::new(expected), "{place}");
+        }
+        assert!(resolve(root, Path::new("/loop/x"), &[]).is_err());
     }
 
     #[test]

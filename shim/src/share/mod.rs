@@ -2,7 +2,8 @@
 //!
 //! The shim lives in a mount namespace of its own (see [`enter_private_mounts`]), so every mount made here vanishes
 //! with the pod's last process, whatever was killed when. virtiofsd makes itself a further namespace that is a slave
-//! of ours: roots that are mounted after it started still reach the guest.
+//! of ours: roots that are mounted after it started still reach the guest. Mounts do, that is, but not what is done to
+//! their flags later: a root is put together beside the share, where nobody sees it, and moved in when it is whole.
 
 use std::{
     fs, io,
@@ -75,11 +76,9 @@ pub fn enter_private_mounts() -> nix::Result<()> {
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>)
 }
 
-/// What a container's part of the share is made of.
+/// What is bound into a container's root, by places that [`Assembly::resolve`] has answered.
 #[derive(Debug, Clone, Copy)]
 pub struct Content<'a> {
-    /// The root, from containerd.
-    pub mounts: &'a [RootMount],
     /// Bound into the root.
     pub binds: &'a [Bind],
     /// Bound beside the root, for the guest to bind further; destinations are relative.
@@ -90,23 +89,38 @@ pub struct Content<'a> {
     pub readonly: bool,
 }
 
+/// Names in the pod's directory.
+const SHARE: &str = "share";
+const WORKSHOP: &str = "new";
+/// In the workshop, and in each container's directory of the share.
+const ROOT: &str = "rootfs";
+
 /// A pod's share.
 #[derive(Debug)]
 pub struct Share {
     dir: PathBuf,
+    workshop: PathBuf,
+}
+
+/// A container's root that is being put together; given up when dropped.
+#[derive(Debug)]
+pub struct Assembly<'a> {
+    share: &'a Share,
+    container: &'a str,
 }
 
 impl Share {
-    /// Makes `dir` a share.
+    /// Makes the share of the pod whose directory is `pod`.
     ///
     /// # Errors
     /// Where the directory cannot be made or mounted.
-    pub fn create(dir: &Path) -> Result<Self, ShareError> {
-        fs::create_dir_all(dir).map_err(|source| ShareError::Create { path: dir.into(), source })?;
-        let failed = |source| ShareError::Propagation { path: dir.into(), source };
-        mount(Some(dir), dir, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(failed)?;
-        mount(None::<&str>, dir, None::<&str>, MsFlags::MS_SHARED, None::<&str>).map_err(failed)?;
-        Ok(Self { dir: dir.into() })
+    pub fn create(pod: &Path) -> Result<Self, ShareError> {
+        let (dir, workshop) = (pod.join(SHARE), pod.join(WORKSHOP));
+        fs::create_dir_all(&dir).map_err(|source| ShareError::Create { path: dir.clone(), source })?;
+        let failed = |source| ShareError::Propagation { path: dir.clone(), source };
+        mount(Some(&dir), &dir, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(failed)?;
+        mount(None::<&str>, &dir, None::<&str>, MsFlags::MS_SHARED, None::<&str>).map_err(failed)?;
+        Ok(Self { dir, workshop })
     }
 
     /// The directory that virtiofsd serves.
@@ -115,66 +129,118 @@ impl Share {
         &self.dir
     }
 
-    /// Mounts a container's root and what is bound into it.
+    /// Mounts a container's root from containerd's mounts, not yet where the guest would see it. One at a time.
     ///
     /// # Errors
-    /// Where a mount fails; what was mounted for this container is then unmounted again.
-    pub fn add_container(&self, container: &str, content: &Content<'_>) -> Result<(), ShareError> {
-        let added = self.fill(container, content);
-        if added.is_err() {
-            self.remove_container(container);
-        }
-        added
-    }
-
-    fn fill(&self, container: &str, content: &Content<'_>) -> Result<(), ShareError> {
-        let home = self.dir.join(container);
-        let root = home.join("rootfs");
+    /// Where a mount fails.
+    pub fn assemble<'a>(&'a self, container: &'a str, mounts: &[RootMount]) -> Result<Assembly<'a>, ShareError> {
+        let assembly = Assembly { share: self, container };
+        let root = assembly.root();
         fs::create_dir_all(&root).map_err(|source| ShareError::Create { path: root.clone(), source })?;
-        for m in content.mounts {
+        for m in mounts {
             m.mount(&root).map_err(|source| ShareError::Root { container: container.into(), source })?;
         }
-        let failed = |source| ShareError::Bind { container: container.into(), source };
-        for place in content.mountpoints {
-            bind::make_mountpoint(&root, place, true).map_err(failed)?;
-        }
-        for b in content.binds {
-            b.mount(&root).map_err(failed)?;
-        }
-        for b in content.staged {
-            b.mount(&home).map_err(failed)?;
-        }
-        if content.readonly {
-            bind::make_readonly(&root).map_err(failed)?;
-        }
-        Ok(())
+        Ok(assembly)
     }
 
     /// Unmounts what belongs to a container. The guest's writes are on the host already: the share has no
     /// write-back cache.
     pub fn remove_container(&self, container: &str) {
-        let home = self.dir.join(container);
-        let root = home.join("rootfs");
-        // Detached: virtiofsd may still hold descriptors; in turns, since mounts can be stacked.
-        while umount2(&root, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
-        let staged = home.join("binds");
-        for entry in fs::read_dir(&staged).into_iter().flatten().flatten() {
-            while umount2(&entry.path(), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
-        }
-        remove_empty(&home);
+        take_apart(&self.dir.join(container));
     }
+}
+
+impl Assembly<'_> {
+    fn root(&self) -> PathBuf {
+        self.share.workshop.join(ROOT)
+    }
+
+    fn failed(&self, source: BindError) -> ShareError {
+        ShareError::Bind { container: self.container.into(), source }
+    }
+
+    /// Where in the root `place` leads, symbolic links followed; nothing is looked up below `hidden`, where the guest
+    /// mounts something.
+    ///
+    /// # Errors
+    /// Where a link leads in circles.
+    pub fn resolve(&self, place: &Path, hidden: &[PathBuf]) -> Result<PathBuf, ShareError> {
+        bind::resolve(&self.root(), place, hidden).map_err(|e| self.failed(e))
+    }
+
+    /// Adds `content`, and shows the guest the whole.
+    ///
+    /// # Errors
+    /// Where a mount fails; nothing of the container is left then.
+    pub fn publish(self, content: &Content<'_>) -> Result<(), ShareError> {
+        let root = self.root();
+        for place in content.mountpoints {
+            bind::make_mountpoint(&root, place, true).map_err(|e| self.failed(e))?;
+        }
+        for b in content.binds {
+            b.mount(&root).map_err(|e| self.failed(e))?;
+        }
+        for b in content.staged {
+            b.mount(&self.share.workshop).map_err(|e| self.failed(e))?;
+        }
+        if content.readonly {
+            bind::make_readonly(&root).map_err(|e| self.failed(e))?;
+        }
+        let staged = content.staged.iter().map(|b| b.destination.as_path());
+        let moved = staged.chain([Path::new(ROOT)]).try_for_each(|name| self.move_in(name));
+        if moved.is_err() {
+            self.share.remove_container(self.container);
+        }
+        moved
+    }
+
+    /// A mount that is moved is received with its flags and with everything mounted below it.
+    fn move_in(&self, name: &Path) -> Result<(), ShareError> {
+        let home = self.share.dir.join(self.container);
+        let from = self.share.workshop.join(name);
+        let is_dir = fs::metadata(&from).is_ok_and(|m| m.is_dir());
+        let created = |source| ShareError::Create { path: home.clone(), source };
+        fs::create_dir_all(&home).map_err(created)?;
+        bind::make_mountpoint(&home, &Path::new("/").join(name), is_dir).map_err(|e| self.failed(e))?;
+        let to = home.join(name);
+        mount(Some(&from), &to, None::<&str>, MsFlags::MS_MOVE, None::<&str>)
+            .map_err(|source| self.failed(BindError::Mount { from, path: to.clone(), source }))
+    }
+}
+
+impl Drop for Assembly<'_> {
+    fn drop(&mut self) {
+        take_apart(&self.share.workshop);
+    }
+}
+
+/// Unmounts and removes the root in `home` and what is staged beside it.
+fn take_apart(home: &Path) {
+    let root = home.join(ROOT);
+    // Detached: virtiofsd may still hold descriptors; in turns, since mounts can be stacked.
+    while umount2(&root, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
+    let staged = home.join("binds");
+    for entry in fs::read_dir(&staged).into_iter().flatten().flatten() {
+        while umount2(&entry.path(), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
+    }
+    remove_empty(home);
 }
 
 impl Drop for Share {
     fn drop(&mut self) {
         let _ = umount2(&self.dir, MntFlags::MNT_DETACH);
-        remove_leftovers(&self.dir);
+        remove_shared(&self.dir);
     }
 }
 
-/// Removes a share's directories, here or after a shim that was killed. Knows them by name and removes only what is
+/// Removes the directories of the share of a pod whose shim was killed. Knows them by name and removes only what is
 /// empty: were a mount still there, a recursive removal would empty the user's volume.
-pub fn remove_leftovers(dir: &Path) {
+pub fn remove_leftovers(pod: &Path) {
+    remove_empty(&pod.join(WORKSHOP));
+    remove_shared(&pod.join(SHARE));
+}
+
+fn remove_shared(dir: &Path) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         remove_empty(&entry.path());
     }
@@ -190,7 +256,7 @@ fn remove_empty(home: &Path) {
             _ => Ok(()),
         });
     }
-    for dir in [&staged, &home.join("rootfs"), home] {
+    for dir in [&staged, &home.join(ROOT), home] {
         let _ = fs::remove_dir(dir);
     }
 }
