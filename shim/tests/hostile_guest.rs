@@ -27,7 +27,7 @@ use tokio::{
 use ttrpc::{Code, Response, Status};
 
 /// Of each call; what never comes is waited for so long.
-const PATIENCE: Duration = Duration::from_millis(200);
+const PATIENCE: Duration = Duration::from_millis(50);
 /// No case may take longer.
 const SOON: Duration = Duration::from_secs(5);
 

@@ -24,7 +24,7 @@ fn main() -> ExitCode {
     let serves = flags.action.is_empty() && !flags.info && !flags.socket.is_empty();
     // A namespace is a thread's: enter it while there is only one.
     if serves && let Err(e) = share::enter_private_mounts() {
-        return failed(&ServeError::Mounts(e));
+        return unserved(&ServeError::Mounts(e));
     }
     // One thread: the shim waits far more than it works, and its children's life hangs on the thread that forked them.
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -33,7 +33,7 @@ fn main() -> ExitCode {
     };
     runtime.block_on(async {
         if serves {
-            return server::serve(&flags).await.map_or_else(|e| failed(&e), |()| ExitCode::SUCCESS);
+            return server::serve(&flags).await.map_or_else(|e| unserved(&e), |()| ExitCode::SUCCESS);
         }
         if flags.action == "start" && !server::offers_v3() {
             return start_v2(flags).await;
@@ -61,6 +61,12 @@ async fn start_v2(flags: Flags) -> ExitCode {
         }
         Err(e) => failed(&e),
     }
+}
+
+/// The server's stdout is what `start` hands on to containerd, and with it to the person; its stderr goes nowhere.
+fn unserved(error: &ServeError) -> ExitCode {
+    println!("{RUNTIME}: {}", chain(error));
+    ExitCode::FAILURE
 }
 
 fn failed(error: &dyn std::error::Error) -> ExitCode {

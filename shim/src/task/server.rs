@@ -115,6 +115,11 @@ pub async fn start(opts: StartOpts) -> Result<String, Error> {
     let address = opts.socket_address(&pod);
     if pod == opts.id {
         shim::spawn(opts, &pod, Vec::new()).await?;
+        // spawn() answers when the server listens or has ended; in the second case the reason is on our stderr.
+        let socket = address.strip_prefix("unix://").unwrap_or(&address);
+        if std::os::unix::net::UnixStream::connect(socket).is_err() {
+            return Err(Error::Other("the shim's server did not start".into()));
+        }
     }
     // containerd before 1.7 finds the shim again by this file in the bundle; later ones keep a file of their own.
     std::fs::write("address", &address)
@@ -166,7 +171,7 @@ fn clean_up(bundle: &Path) {
 /// # Errors
 /// See [`ServeError`].
 pub async fn serve(flags: &Flags) -> Result<(), ServeError> {
-    let containerd = env::var("TTRPC_ADDRESS").map_err(|_| ServeError::NoAddress)?;
+    let containerd = env::var("TTRPC_ADDRESS").ok().filter(|a| !a.is_empty()).ok_or(ServeError::NoAddress)?;
     containerd_shim::logger::init(flags.debug, "info", &flags.namespace, &flags.id)?;
     let exit = Arc::new(ExitSignal::default());
     let events = Arc::new(Events::new(&flags.namespace, &containerd));
