@@ -185,9 +185,23 @@ cargo_install() {
   ln -sfn "../$crate/bin/$crate" "$BIN/$crate"
 }
 
-# Debian 12's virtiofsd is the old one in C, newer suites' need a newer C library.
+virtiofsd_version() { { "$1" --version 2>/dev/null || true; } | sed -n 's/^virtiofsd \([0-9.]*\).*/\1/p'; }
+
+# Debian 12's virtiofsd is the old one in C, and newer suites' need a newer C library than it has. On Debian 13 the newest
+# suite's package runs, which saves some minutes of building.
 part_virtiofsd() {
-  if [ "$("$BIN/virtiofsd" --version 2>/dev/null)" = "virtiofsd $VIRTIOFSD_VERSION" ]; then return 0; fi
+  local v dir=$TOOLS/virtiofsd-packaged
+  v=$(virtiofsd_version "$BIN/virtiofsd")
+  if [ -n "$v" ] && version_ge "$v" "$VIRTIOFSD_VERSION"; then return 0; fi
+  if [ "$(codename)" != bookworm ] && (fetch_debs sid "$(host_arch)" "$dir" alone virtiofsd); then
+    v=$(virtiofsd_version "$dir/usr/libexec/virtiofsd")
+    if [ -n "$v" ] && version_ge "$v" "$VIRTIOFSD_VERSION"; then
+      ln -sfn ../virtiofsd-packaged/usr/libexec/virtiofsd "$BIN/virtiofsd"
+      say "virtiofsd: $v in $dir"
+      return 0
+    fi
+    say "note: sid's virtiofsd (${v:-does not run here}) cannot be used"
+  fi
   cargo_install virtiofsd "$VIRTIOFSD_VERSION"
 }
 
