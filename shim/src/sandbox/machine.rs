@@ -77,10 +77,10 @@ pub(super) fn watch_over(mut virtiofsd: Virtiofsd, vm: Arc<dyn Vm>) -> (AbortHan
             ended = virtiofsd.ended() => match machine_behind(&ended, &mut exited_too).await {
                 Some(exit) => describe(&exit),
                 None => {
-                // A guest without its files is of no use, and would run on for as long as nobody deletes the task.
-                vm.kill().await;
-                format!("virtiofsd ended: {}", ended.how)
-            }
+                    // A guest without its files is of no use, and would run on for as long as nobody deletes the task.
+                    vm.kill().await;
+                    format!("virtiofsd ended: {}", ended.how)
+                }
             },
         };
         virtiofsd.kill().await;
