@@ -106,13 +106,15 @@ part_cross() {
   [ "$(host_arch)" = amd64 ] || arch=amd64
   triple=$(rust_triple "$arch")
   gnu=$(multiarch "$arch")
-  if ! have "$gnu-gcc" && [ ! -x "$BIN/$gnu-gcc" ]; then
-    fetch_debs "$(codename)" "$(host_arch)" "$TOOLS/gcc-$arch" deps "gcc-${gnu/x86_64/x86-64}" "libc6-dev-$arch-cross"
-    # GCC finds the rest of itself relative to its own path; its assembler and linker have libraries.
+  if ! have "$gnu-gcc"; then
+    [ -x "$TOOLS/gcc-$arch/usr/bin/$gnu-gcc" ] ||
+      fetch_debs "$(codename)" "$(host_arch)" "$TOOLS/gcc-$arch" deps "gcc-${gnu/x86_64/x86-64}" "libc6-dev-$arch-cross"
+    # GCC finds the rest of itself relative to its own path; its assembler and linker have libraries, and the linker's
+    # script for the C library has absolute paths.
     cat >"$BIN/$gnu-gcc" <<WRAPPER
 #!/bin/sh
 export LD_LIBRARY_PATH="$TOOLS/gcc-$arch/usr/lib/$(multiarch "$(host_arch)")\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}"
-exec "$TOOLS/gcc-$arch/usr/bin/$gnu-gcc" "\$@"
+exec "$TOOLS/gcc-$arch/usr/bin/$gnu-gcc" --sysroot="$TOOLS/gcc-$arch" "\$@"
 WRAPPER
     chmod 755 "$BIN/$gnu-gcc"
   fi
