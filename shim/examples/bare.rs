@@ -41,7 +41,7 @@ async fn run(began: Instant) -> Result<(), Box<dyn Error>> {
     let Division { binds, staged, mountpoints, .. } = &division;
     assembly.publish(&Content { binds, staged, mountpoints, readonly: false })?;
     let driver = vmm::select(&config.vmm).await?;
-    let share_socket = dir.join("virtiofsd.sock");
+    let share_socket = dir.join("fs.sock");
     let mut virtiofsd = Virtiofsd::spawn(&config.share, share.dir(), &share_socket, &[])?;
     let spec = VmSpec {
         cpus: config.guest.default_vcpus,

@@ -18,9 +18,29 @@ use thiserror::Error;
 
 use crate::{share, state::State};
 
+/// The longest path of a UNIX socket: 108 bytes of which one ends it.
+const MAX_SOCKET: usize = 107;
+/// The longest name of a socket in a pod's directory: `vsock_1024`, `65535.sock`.
+const MAX_NAME: usize = 10;
+/// The longest path of a pod's directory.
+const MAX_DIR: usize = MAX_SOCKET - MAX_NAME - 1;
+
 /// The pod's directory could not be taken.
 #[derive(Debug, Error)]
 pub enum DirError {
+    /// No socket could have a path in it.
+    #[error(
+        "the path of the pod's directory {path:?} has {} bytes, and {MAX_DIR} is the most for the sockets in it: use an \
+         id shorter than {id:?}, which has {} bytes, or a shorter namespace or [state] dir",
+        path.as_os_str().len(),
+        id.len()
+    )]
+    TooLong {
+        /// The pod's.
+        id: String,
+        /// What it would be.
+        path: PathBuf,
+    },
     /// It cannot be made.
     #[error("cannot create the pod's directory {path:?}")]
     Create {
@@ -44,9 +64,15 @@ pub enum DirError {
 }
 
 /// `<state>/<namespace>/<id>`.
-#[must_use]
-pub fn dir_of(state: &Path, namespace: &str, id: &str) -> PathBuf {
-    state.join(namespace).join(id)
+///
+/// # Errors
+/// Where that is too long for the sockets in it.
+pub fn dir_of(state: &Path, namespace: &str, id: &str) -> Result<PathBuf, DirError> {
+    let path = state.join(namespace).join(id);
+    if path.as_os_str().len() > MAX_DIR {
+        return Err(DirError::TooLong { id: id.into(), path });
+    }
+    Ok(path)
 }
 
 /// A pod's directory, taken.
@@ -163,9 +189,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_longest_id_has_sockets_in_the_default_directory() {
+        let state = crate::config::Config::default().state.dir;
+        let path = dir_of(&state, "default", &"x".repeat(76)).unwrap();
+        dir_of(&state, "k8s.io", &"f".repeat(64)).unwrap();
+        assert_eq!(path.join("65535.sock").as_os_str().len(), MAX_SOCKET);
+        let id = "x".repeat(77);
+        let error = dir_of(&state, "default", &id).unwrap_err().to_string();
+        assert!(error.contains(&format!("{id:?}, which has 77 bytes")) && error.contains("96 is the most"), "{error}");
+    }
+
+    #[test]
     fn a_pod_that_runs_keeps_its_directory() {
         let state = tempfile::tempdir().unwrap();
-        let path = dir_of(state.path(), "default", "web");
+        let path = dir_of(state.path(), "default", "web").unwrap();
         let first = PodDir::claim(&path).unwrap();
         fs::write(path.join("8080.sock"), "").unwrap();
         let error = PodDir::claim(&path).unwrap_err();
@@ -181,7 +218,7 @@ mod tests {
     #[test]
     fn a_recorded_shim_that_lives_keeps_it_too() {
         let state = tempfile::tempdir().unwrap();
-        let path = dir_of(state.path(), "default", "web");
+        let path = dir_of(state.path(), "default", "web").unwrap();
         fs::create_dir_all(&path).unwrap();
         let mut shim = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         crate::state::testing::state("web", shim.id()).write(&path).unwrap();
@@ -196,7 +233,7 @@ mod tests {
     #[test]
     fn remains_are_cleared_away() {
         let state = tempfile::tempdir().unwrap();
-        let path = dir_of(state.path(), "default", "web");
+        let path = dir_of(state.path(), "default", "web").unwrap();
         fs::create_dir_all(path.join("share/web/rootfs")).unwrap();
         fs::write(path.join("state.json"), "{").unwrap();
         fs::write(path.join("8080.sock"), "").unwrap();
@@ -210,7 +247,7 @@ mod tests {
         let state = tempfile::tempdir().unwrap();
         thread::scope(|scope| {
             for id in ["a", "b", "c"] {
-                let path = dir_of(state.path(), "default", id);
+                let path = dir_of(state.path(), "default", id).unwrap();
                 scope.spawn(move || (0..300).for_each(|_| PodDir::claim(&path).unwrap().remove()));
             }
         });

@@ -32,6 +32,9 @@ use crate::{
     vmm::{self, Vm, VmSpec},
 };
 
+/// virtiofsd's, in the pod's directory. No socket's name may be longer than `dir.rs` says.
+const SHARE_SOCKET: &str = "fs.sock";
+
 /// What a pod's machine is made from.
 #[derive(Debug)]
 pub struct Request<'a> {
@@ -121,7 +124,7 @@ impl Sandbox {
         first: &NewContainer<'_>,
         phases: &mut Phases,
     ) -> Result<(Self, CreateProcessResponse), StartError> {
-        let dir = PodDir::claim(&dir_of(&request.config.state.dir, request.namespace, request.id))?;
+        let dir = PodDir::claim(&dir_of(&request.config.state.dir, request.namespace, request.id)?)?;
         let cgroup = match request.cgroups_path {
             "" => Ok(Cgroup::default()),
             path => Cgroup::create(path, dir.path()),
@@ -177,7 +180,7 @@ impl Sandbox {
         let share = Share::create(parts.dir.path()).map_err(RootError::from)?;
         let share = parts.share.insert(share);
         let spec_json = add_root(share, first)?;
-        let socket = parts.dir.path().join("virtiofsd.sock");
+        let socket = parts.dir.path().join(SHARE_SOCKET);
         let virtiofsd = Virtiofsd::spawn(&config.share, share.dir(), &socket, parts.cgroup.dirs())?;
         let virtiofsd = parts.virtiofsd.insert(virtiofsd);
         phases.mark("share");

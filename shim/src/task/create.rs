@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     config::{Annotations, Config, Shape},
-    sandbox::{NewContainer, Phases, Plan, Request, Sandbox, dir_of},
+    sandbox::{NewContainer, Phases, Plan, Request, Sandbox, StartError, dir_of},
     share::RootMount,
     state::{self, Exposed, State, Way},
 };
@@ -60,7 +60,7 @@ impl Service {
         let new = NewContainer { id: &request.id, rootfs: &rootfs, plan: &plan, stdio: paths.wanted() };
         // For the `delete` action, should this process be killed: it is not told the configuration.
         let note = Path::new(&request.bundle).join(DIR_FILE);
-        let dir = dir_of(&config.state.dir, &self.namespace, &self.id);
+        let dir = dir_of(&config.state.dir, &self.namespace, &self.id).map_err(StartError::from)?;
         std::fs::write(&note, dir.as_os_str().as_bytes()).map_err(|source| TaskError::Bundle { path: note, source })?;
         phases.mark("prepare");
 

@@ -8,7 +8,8 @@ use nix::sys::signal::Signal;
 
 use crate::{
     errors_asked::{
-        foreign_pid_namespace, host_device, host_ipc, host_network, host_pid, mount_type, oci_hooks, user_namespace,
+        foreign_pid_namespace, host_device, host_ipc, host_network, host_pid, id_too_long, mount_type, oci_hooks,
+        user_namespace,
     },
     errors_host::pod_exists,
     share::Tmpfs,
@@ -19,7 +20,7 @@ crate::errors! {
     config_bad_value, config_out_of_range, config_relative_value, annotation_unknown, annotation_value,
     snapshot_required, vcpus_too_many, memory_too_large, limit_too_large,
     host_network, host_pid, host_ipc, host_device, foreign_pid_namespace, user_namespace, oci_hooks, mount_type,
-    log_binary, bind_source_missing, cgroup_path, state_dir_unusable, state_dir_full, pod_exists, port_busy, kvm_wanted,
+    log_binary, bind_source_missing, cgroup_path, state_dir_unusable, state_dir_full, id_too_long, pod_exists, port_busy, kvm_wanted,
     vmm_missing, vmm_false, vmm_old, virtiofsd_missing, virtiofsd_false,
     kernel_missing, kernel_wrong, initramfs_missing, initramfs_wrong, init_fails, guest_panics, guest_hangs,
     guest_crashes, vmm_killed, virtiofsd_killed, agent_silent,

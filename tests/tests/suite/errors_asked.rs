@@ -67,3 +67,9 @@ pub fn oci_hooks(env: &Env) -> Result<String> {
 pub fn mount_type(env: &Env) -> Result<String> {
     refused(env.container().flags(["--mount", "type=nfs,src=host:/x,dst=/mnt"]))
 }
+
+/// One byte more than the directory has room for.
+pub fn id_too_long(env: &Env) -> Result<String> {
+    let free = 96 - env.daemon.pods().join(&env.daemon.namespace).join("").as_os_str().len();
+    refused(env.container().id(&"x".repeat(free + 1)))
+}

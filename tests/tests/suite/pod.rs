@@ -1,12 +1,12 @@
 //! Pods beside each other, and several containers in one pod.
 
-use std::{fs, time::Duration};
+use std::{fs, path::PathBuf, time::Duration};
 
-use anyhow::{Result, ensure};
-use chsnap_tests::{Env, eventually};
+use anyhow::{Context, Result, ensure};
+use chsnap_tests::{Env, IMAGE, Tools, eventually, http};
 
 crate::cases! {
-    Once: shared_cgroup, two_containers;
+    Once: shared_cgroup, two_containers, longest_id;
 }
 
 /// The path of a cgroup is whatever the specification says: two containers may have the same one.
@@ -51,4 +51,31 @@ fn two_containers(env: &Env) -> Result<()> {
     second.remove()?;
     ensure!(first.sh("echo still here")? == "still here");
     first.remove()
+}
+
+/// containerd's longest id in a state directory as long as the default one: all sockets find their place.
+fn longest_id(env: &Env) -> Result<()> {
+    let state = PathBuf::from(format!("/run/c{:05x}", std::process::id() & 0xf_ffff));
+    ensure!(state.as_os_str().len() == "/run/chsnap".len(), "{}", state.display());
+    let id = "x".repeat(76);
+    let container = env.container().id(&id).settings(|s| s.path("state", "dir", &state));
+    let container = container.annotation("io.chsnap.expose", "8080,65535");
+    let in_default = |args: &[&str]| env.ctr().run(args).env("CONTAINERD_NAMESPACE", "default");
+    in_default(&["image", "import"]).arg(&Tools::get().image).limit(Duration::from_secs(120)).text()?;
+    let log = format!("file://{}", env.dir.join("log").display());
+    let run = container.ctr(&["run"], &["-d", "--log-uri", &log], None)?.env("CONTAINERD_NAMESPACE", "default");
+    let answers = run.output().and_then(chsnap_tests::Output::success).and_then(|_| {
+        let dir = state.join("default").join(&id);
+        ensure!(dir.join("65535.sock").exists());
+        let status = eventually(Duration::from_secs(20), || {
+            http::request(&mut *http::unix(&dir.join("8080.sock")).ok()?, "GET", "/healthz", b"").ok()
+        });
+        ensure!(status.as_ref().is_some_and(|(code, _)| *code == 200), "{status:?}");
+        Ok(())
+    });
+    in_default(&["task", "rm", "-f", &id]).output()?;
+    in_default(&["container", "rm", &id]).output()?;
+    in_default(&["image", "rm", "--sync", IMAGE]).text()?;
+    answers?;
+    fs::remove_dir(&state).with_context(|| format!("{} is not empty", state.display()))
 }

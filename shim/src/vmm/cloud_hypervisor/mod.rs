@@ -42,6 +42,9 @@ pub const PROGRAM: &str = "cloud-hypervisor";
 /// The first with everything that a restore needs.
 pub const OLDEST: (u64, u64) = (52, 0);
 
+/// The vsock's name in the pod's directory; with the port's number it is the longest there, see `sandbox/dir.rs`.
+const VSOCK: &str = "vsock";
+
 /// Starts machines with Cloud Hypervisor.
 #[derive(Debug, Clone)]
 pub struct CloudHypervisor {
@@ -68,8 +71,8 @@ impl Driver for CloudHypervisor {
     }
 
     async fn boot(&self, spec: &VmSpec) -> Result<Box<dyn Vm>, BootError> {
-        let vsock = spec.run_dir.join("vsock.sock");
-        let agent_path = spec.run_dir.join(format!("vsock.sock_{VSOCK_PORT}"));
+        let vsock = spec.run_dir.join(VSOCK);
+        let agent_path = spec.run_dir.join(format!("{VSOCK}_{VSOCK_PORT}"));
         let agent = socket("agent", || {
             let listener = StdListener::bind(&agent_path)?;
             listener.set_nonblocking(true)?;

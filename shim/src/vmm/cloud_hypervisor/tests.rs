@@ -54,8 +54,7 @@ async fn replay(expected: Vec<(&'static str, Option<Value>, &'static str)>) -> R
         assert_eq!(theirs.read(&mut [0]).await.unwrap(), 0, "more was asked than expected");
     });
     let driver = CloudHypervisor { program: "unused".into() };
-    let outcome =
-        driver.start(&Api::new(ours, Duration::from_secs(30)), &spec(), Path::new("/run/pod/vsock.sock")).await;
+    let outcome = driver.start(&Api::new(ours, Duration::from_secs(30)), &spec(), Path::new("/run/pod/vsock")).await;
     server.await.unwrap();
     outcome
 }
@@ -136,7 +135,7 @@ async fn the_real_program_takes_the_machine_as_described() {
     let args = vec!["--api-socket".into(), format!("fd={}", child::fd_number(&api_fd)).into()];
     let launch = Launch { program: &driver.program, args, fds: vec![api_fd], cgroups: &[], filter: None };
     let process = Process::start(launch, Leash::new(), |_| async { false }).unwrap();
-    let vsock = bench.spec.run_dir.join("vsock.sock");
+    let vsock = bench.spec.run_dir.join(VSOCK);
     if let Err(StartError::Control(error)) = driver.start(&api, &bench.spec, &vsock).await {
         panic!("{error}; {:?}", process.ended().await);
     }
