@@ -195,7 +195,7 @@ fn directories(path: &Path) -> io::Result<Vec<PathBuf>> {
 }
 
 /// Field 22 of `/proc/<pid>/stat`; none where there is no such process, or only its zombie.
-fn start_ticks(pid: u32) -> Option<u64> {
+pub(crate) fn start_ticks(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The second field is the command's name, which may hold blanks and brackets; the third comes after the last ')'.
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace();

@@ -11,6 +11,7 @@ use std::{
 use containerd_shim::ExitSignal;
 use tokio::{sync::Mutex, task::JoinSet, time::timeout};
 
+mod clean_up;
 mod create;
 mod error;
 mod events;

@@ -189,8 +189,10 @@ impl Service {
         let mut slot = self.sandbox.lock().await;
         let mut containers = self.containers.lock().await;
         containers.remove(&container.id);
-        if containers.is_empty() {
-            drop(containers);
+        let last = containers.is_empty();
+        // What asks for containers is not to wait for the agent.
+        drop(containers);
+        if last {
             if let Some(sandbox) = slot.take() {
                 sandbox.stop().await;
             }

@@ -4,15 +4,7 @@
 //! are the same, so the service is registered under both names, and a containerd that does not offer version 3 in
 //! its environment is answered in version 2's way: the bare address.
 
-use std::{
-    collections::HashMap,
-    env,
-    ffi::OsStr,
-    io,
-    os::{fd::AsFd, unix::ffi::OsStrExt},
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{collections::HashMap, env, io, os::fd::AsFd, path::PathBuf, sync::Arc};
 
 use async_trait::async_trait;
 use containerd_shim::{
@@ -23,8 +15,7 @@ use containerd_shim_protos::{shim_async::create_task, ttrpc::r#async::Server};
 use thiserror::Error as ThisError;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{Api, Events, Exit, Service, chain, create::DIR_FILE};
-use crate::{cgroup::Cgroup, sandbox::PodDir};
+use super::{Api, Events, Exit, Service, clean_up::clean_up};
 
 /// The runtime's name at containerd.
 pub const RUNTIME: &str = "io.containerd.chsnap.v2";
@@ -86,10 +77,9 @@ impl Shim for Actions {
         start(opts).await
     }
 
-    /// Runs after the shim is gone, however it went. What it left behind on the host is a directory and a cgroup:
-    /// mounts and processes went with it.
+    /// Runs when containerd has lost the shim, see `clean_up.rs`.
     async fn delete_shim(&mut self) -> Result<DeleteResponse, Error> {
-        clean_up(&self.bundle);
+        clean_up(&self.bundle, &self.id).await;
         let exit = Exit::now(137);
         let mut answer = DeleteResponse::new();
         answer.exit_status = exit.status;
@@ -138,32 +128,6 @@ fn pod_of(id: &str) -> String {
 #[must_use]
 pub fn offers_v3() -> bool {
     env::var("MAX_SHIM_VERSION").is_ok_and(|v| v.parse().is_ok_and(|v: u32| v >= 3))
-}
-
-fn clean_up(bundle: &Path) {
-    let address = std::fs::read_to_string(bundle.join("address")).unwrap_or_default();
-    if let Some(socket) = address.trim().strip_prefix("unix://") {
-        if std::os::unix::net::UnixStream::connect(socket).is_ok() {
-            // Only this container of the pod is gone: the pod's shim lives, and cleans up after itself.
-            return;
-        }
-        let _ = std::fs::remove_file(socket);
-    }
-    let spec = oci_spec::runtime::Spec::load(bundle.join("config.json")).ok();
-    let cgroup = spec.as_ref().and_then(|s| s.linux().as_ref()).and_then(|l| l.cgroups_path().clone());
-    // The note is there only in the bundle of a container that was in the pod's way of being made.
-    let Ok(dir) = std::fs::read(bundle.join(DIR_FILE)) else { return };
-    // Another containerd's pod of the same name may have it, and then nothing of it is ours.
-    let dir = match PodDir::claim(Path::new(OsStr::from_bytes(&dir))) {
-        Ok(dir) => dir,
-        Err(e) => return eprintln!("{RUNTIME}: nothing is removed: {}", chain(&e)),
-    };
-    if let Some(path) = cgroup
-        && let Ok(mut cgroup) = Cgroup::find(&path.to_string_lossy(), dir.path())
-    {
-        cgroup.remove();
-    }
-    dir.remove_of_dying();
 }
 
 /// Serves the task API until containerd says Shutdown.

@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use chsnap_tests::{Env, eventually, kill};
+use chsnap_tests::{Env, Run, Tools, eventually, kill};
 use nix::sys::signal::Signal;
 
 crate::cases! {
     Everywhere: containerd_restarts, ended_while_containerd_was_away;
-    Vms: shim_killed, shim_terminated;
+    Vms: shim_killed, shim_terminated, shim_stands_still;
 }
 
 fn containerd_restarts(env: &Env) -> Result<()> {
@@ -85,6 +85,35 @@ fn shim_terminated(env: &Env) -> Result<()> {
     let started = env.container().sh("echo up; sleep 1000").start()?;
     started.wait_log("up")?;
     kill(env.process("containerd-shim-chsnap")?.pid, Signal::SIGTERM)?;
+    nothing_is_left(env)?;
+    env.ctr().output(["task", "rm", "-f", &started.id])?;
+    env.ctr().text(["container", "rm", &started.id])?;
+    started.forget();
+    Ok(())
+}
+
+/// A shim that takes connections and does nothing is ended by the `delete` action, which containerd runs for a shim
+/// that it has given up.
+fn shim_stands_still(env: &Env) -> Result<()> {
+    let started = env.container().sh("echo up; sleep 1000").start()?;
+    started.wait_log("up")?;
+    let bundle =
+        env.daemon.run.join("state/io.containerd.runtime.v2.task").join(&env.daemon.namespace).join(&started.id);
+    let delete = || {
+        let run = Run::new(Tools::get().bin.join("containerd-shim-chsnap-v2"));
+        let run = run.args(["-namespace", &env.daemon.namespace, "-id", &started.id, "-bundle"]).arg(&bundle);
+        run.args(["-address", &env.daemon.run.join("c.sock").display().to_string(), "delete"]).output()?.success()
+    };
+    // One that answers is left alone.
+    delete()?;
+    ensure!(started.sh("echo still here")? == "still here");
+    kill(env.process("containerd-shim-chsnap")?.pid, Signal::SIGSTOP)?;
+    let pod = started.pod_dir();
+    let output = delete()?;
+    // containerd sees the shim go, and has the same action run beside ours: only one of the two gets the directory.
+    let clean = eventually(Duration::from_secs(10), || (!pod.exists()).then_some(()));
+    ensure!(clean.is_some(), "{} is still there: {}", pod.display(), output.whole());
+    ensure!(output.stderr.contains("did not answer within 2 s"), "{}", output.whole());
     nothing_is_left(env)?;
     env.ctr().output(["task", "rm", "-f", &started.id])?;
     env.ctr().text(["container", "rm", &started.id])?;
