@@ -9,6 +9,7 @@ use std::{env, error::Error, path::PathBuf, time::Instant};
 use chsnap::{
     agent::Agent,
     config::{Config, Expose},
+    program::{Freshness, Scout},
     sandbox::{Division, Exposed, Plan},
     share::{self, Content, RootMount, Share, Virtiofsd},
     vmm::{self, VmSpec},
@@ -40,7 +41,7 @@ async fn run(began: Instant) -> Result<(), Box<dyn Error>> {
     let spec_json = plan.spec_json(&division)?;
     let Division { binds, staged, mountpoints, .. } = &division;
     assembly.publish(&Content { binds, staged, mountpoints, readonly: false })?;
-    let driver = vmm::select(&config.vmm).await?;
+    let driver = vmm::select(&config.vmm, &mut Scout::new(&config, Freshness::Remembered)).await?;
     let share_socket = dir.join("fs.sock");
     let mut virtiofsd = Virtiofsd::spawn(&config.share, share.dir(), &share_socket, &[])?;
     let spec = VmSpec {

@@ -10,6 +10,7 @@ pub mod child;
 pub mod config;
 pub mod doctor;
 pub mod image;
+pub mod program;
 pub mod sandbox;
 pub mod share;
 pub mod state;

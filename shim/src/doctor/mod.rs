@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use crate::{
     config::{Config, DEFAULT_PATH},
+    program::{Freshness, Scout},
     task::chain,
     vmm::{self, Taken},
 };
@@ -70,7 +71,7 @@ impl Check {
 pub async fn examine(explicit: Option<&Path>) -> Report {
     let (config, configuration) = configuration(explicit);
     let mut checks = vec![configuration, host::root(), host::kernel(), host::size(&config), host::cgroups()];
-    let survey = vmm::survey(&config.vmm).await;
+    let survey = vmm::survey(&config.vmm, &mut Scout::new(&config, Freshness::Now)).await;
     checks.extend(machine::checks(&survey));
     checks.push(programs::virtiofsd(&config.share).await);
     checks.push(guest::kernel(&config.guest.kernel));

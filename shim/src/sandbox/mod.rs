@@ -28,6 +28,7 @@ use crate::{
     agent::Agent,
     cgroup::Cgroup,
     config::{Config, Overrides, Shape},
+    program::{Freshness, Scout},
     share::{Content, RootMount, Share, Virtiofsd},
     vmm::{self, Vm, VmSpec},
 };
@@ -172,7 +173,8 @@ impl Sandbox {
     ) -> Result<(Agent, InfoResponse, (vmm::VmmKind, vmm::Accelerator), CreateProcessResponse, Exposed), StartError>
     {
         let config = request.config;
-        let driver = vmm::select(&request.overrides.vmm(&config.vmm)).await?;
+        let mut scout = Scout::new(config, Freshness::Remembered);
+        let driver = vmm::select(&request.overrides.vmm(&config.vmm), &mut scout).await?;
         readable(&config.guest.kernel, "kernel")?;
         readable(&config.guest.initramfs, "initramfs")?;
         phases.mark("select");

@@ -25,6 +25,7 @@ mod survey;
 mod testing;
 
 pub use error::{BootError, ChannelError, ControlError};
+pub(crate) use memory::Memory;
 pub use rung::Rung;
 pub use select::{SelectError, Taken, select};
 pub use survey::{Kvm, Program, Survey, survey};

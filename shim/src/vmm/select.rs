@@ -8,11 +8,13 @@ use thiserror::Error;
 use super::{
     Accelerator, Driver, VmmKind,
     cloud_hypervisor::CloudHypervisor,
-    memory::Memory,
     qemu::Qemu,
-    survey::{Freshness, Host, MEMORY, Program},
+    survey::{Host, Program},
 };
-use crate::config::{AcceleratorChoice, VmmChoice, VmmConfig};
+use crate::{
+    config::{AcceleratorChoice, VmmChoice, VmmConfig},
+    program::Scout,
+};
 
 /// No driver can be used.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -53,12 +55,12 @@ pub struct Taken {
     pub why: String,
 }
 
-/// Chooses the driver. What was found out before is believed, see [`super::survey()`] for a fresh look.
+/// Chooses the driver.
 ///
 /// # Errors
 /// Where none can be used, with what to do about it.
-pub async fn select(config: &VmmConfig) -> Result<Box<dyn Driver>, SelectError> {
-    let host = Host::look(config, &mut Memory::load(MEMORY.into()), Freshness::Remembered).await;
+pub async fn select(config: &VmmConfig, scout: &mut Scout) -> Result<Box<dyn Driver>, SelectError> {
+    let host = Host::look(config, scout).await;
     let Taken { vmm, accelerator, program, why } = decide(config, &host)?;
     log::debug!("{vmm} on {accelerator}: {why}");
     match vmm {

@@ -1,30 +1,20 @@
 //! What this host has: which VMMs, of which version, and whether KVM works.
 
 use std::{
-    env, fs,
-    os::unix::fs::PermissionsExt,
+    env,
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use serde::Serialize;
-use tokio::time::timeout;
 
 use super::{
-    VmmKind, cloud_hypervisor, kvm,
-    memory::Memory,
-    qemu,
+    VmmKind, cloud_hypervisor, kvm, qemu,
     select::{self, Taken},
 };
 use crate::{
-    child,
     config::{AcceleratorChoice, VmmChoice, VmmConfig},
+    program::{Freshness, Scout, in_path, is_executable, numbers, version_in},
 };
-
-/// Where findings are kept.
-pub const MEMORY: &str = "/run/chsnap/host.json";
-/// For a program to tell its version. QEMU loads a hundred libraries first, which took 26 s on an emulated machine.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A VMM's program.
 #[derive(Debug, Clone, Serialize)]
@@ -69,9 +59,9 @@ pub struct Survey {
     pub problem: Option<String>,
 }
 
-/// Looks at everything afresh, and remembers it.
-pub async fn survey(config: &VmmConfig) -> Survey {
-    let host = Host::look(config, &mut Memory::load(MEMORY.into()), Freshness::Now).await;
+/// Looks at everything; afresh, where the scout does.
+pub async fn survey(config: &VmmConfig, scout: &mut Scout) -> Survey {
+    let host = Host::look(config, scout).await;
     let (taken, problem) = match select::decide(config, &host) {
         Ok(taken) => (Some(taken), None),
         Err(error) => (None, Some(error.to_string())),
@@ -79,15 +69,6 @@ pub async fn survey(config: &VmmConfig) -> Survey {
     let Host { kvm, cloud_hypervisor, qemu } = host;
     let VmmConfig { choice, accelerator, .. } = *config;
     Survey { choice, accelerator, kvm, cloud_hypervisor, qemu, taken, problem }
-}
-
-/// Whether to believe what was found before.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Freshness {
-    /// Look.
-    Now,
-    /// Believe.
-    Remembered,
 }
 
 /// Everything that a decision depends on.
@@ -100,22 +81,22 @@ pub struct Host {
 
 impl Host {
     /// Looks at what `config` may need; at all there is where it is to be told to a person.
-    pub async fn look(config: &VmmConfig, memory: &mut Memory, freshness: Freshness) -> Self {
-        let all = freshness == Freshness::Now;
+    pub async fn look(config: &VmmConfig, scout: &mut Scout) -> Self {
+        let all = scout.freshness == Freshness::Now;
         let kvm = if all || config.accelerator != AcceleratorChoice::Tcg {
-            let outcome = kvm_works(memory, freshness).await;
+            let outcome = kvm_works(scout).await;
             Kvm { usable: outcome.is_ok(), problem: outcome.err().map(|error| error.to_string()) }
         } else {
             Kvm { usable: false, problem: Some("the configuration asks for accelerator = \"tcg\"".into()) }
         };
         let cloud_hypervisor =
             if all || (kvm.usable && config.choice != VmmChoice::Qemu) || config.choice == VmmChoice::CloudHypervisor {
-                find(&CLOUD_HYPERVISOR, config.cloud_hypervisor.as_deref(), memory, freshness).await
+                find(&CLOUD_HYPERVISOR, config.cloud_hypervisor.as_deref(), scout).await
             } else {
                 CLOUD_HYPERVISOR.unknown(config.cloud_hypervisor.is_some())
             };
         let qemu = if all || config.choice != VmmChoice::CloudHypervisor {
-            find(&QEMU, config.qemu.as_deref(), memory, freshness).await
+            find(&QEMU, config.qemu.as_deref(), scout).await
         } else {
             QEMU.unknown(config.qemu.is_some())
         };
@@ -123,16 +104,16 @@ impl Host {
     }
 }
 
-async fn kvm_works(memory: &mut Memory, freshness: Freshness) -> Result<(), kvm::KvmError> {
+async fn kvm_works(scout: &mut Scout) -> Result<(), kvm::KvmError> {
     // Opened even where the answer is known: access may have been taken away since.
     let device = kvm::open()?;
-    if freshness == Freshness::Remembered
-        && let Some(known) = memory.kvm()
+    if scout.freshness == Freshness::Remembered
+        && let Some(known) = scout.memory.kvm()
     {
         return known;
     }
     let outcome = kvm::try_out(device).await;
-    memory.learn_kvm(&outcome);
+    scout.memory.learn_kvm(&outcome);
     outcome
 }
 
@@ -172,7 +153,7 @@ impl Wanted {
     }
 }
 
-async fn find(wanted: &Wanted, configured: Option<&Path>, memory: &mut Memory, freshness: Freshness) -> Program {
+async fn find(wanted: &Wanted, configured: Option<&Path>, scout: &mut Scout) -> Program {
     let Wanted { kind, name, variable, key, install, oldest } = *wanted;
     let named =
         configured.map(|path| (path.to_owned(), key)).or_else(|| Some((env::var_os(variable)?.into(), variable)));
@@ -191,12 +172,7 @@ async fn find(wanted: &Wanted, configured: Option<&Path>, memory: &mut Memory, f
             }
         },
     };
-    let remembered = (freshness == Freshness::Remembered).then(|| memory.version(&path)).flatten();
-    let version = match remembered {
-        Some(version) => Ok(version),
-        None => ask_version(&path).await.inspect(|version| memory.learn_version(&path, version)),
-    };
-    match version {
+    match scout.version(&path, version_in).await {
         Ok(version) => {
             let (major, minor) = oldest;
             if numbers(&version) < Some(oldest) {
@@ -211,92 +187,26 @@ async fn find(wanted: &Wanted, configured: Option<&Path>, memory: &mut Memory, f
     program
 }
 
-fn is_executable(path: &Path) -> bool {
-    fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
-}
-
-fn in_path(name: &str) -> Option<PathBuf> {
-    let path = env::var_os("PATH")?;
-    env::split_paths(&path).filter(|dir| dir.is_absolute()).map(|dir| dir.join(name)).find(|path| is_executable(path))
-}
-
-/// The version in the first line of `<program> --version`, such as `10.0.2`.
-async fn ask_version(program: &Path) -> Result<String, String> {
-    let text = |error: std::io::Error| error.to_string();
-    let ask = async {
-        let child = child::command(program, &[], vec![]).map_err(text)?.arg("--version").spawn().map_err(text)?;
-        let said = child.wait_with_output().await.map_err(text)?;
-        let first = |stream: &[u8]| String::from_utf8_lossy(stream).lines().next().unwrap_or_default().to_owned();
-        let version = version_in(&first(&said.stdout));
-        version.ok_or_else(|| format!("{}; {:?} {:?}", said.status, first(&said.stdout), first(&said.stderr)))
-    };
-    timeout(PATIENCE, ask).await.unwrap_or_else(|_| Err(format!("no answer within {} s", PATIENCE.as_secs())))
-}
-
-/// The first word that looks like a version, without a `v` before it.
-fn version_in(line: &str) -> Option<String> {
-    let words = line.split_whitespace().map(|word| word.strip_prefix('v').unwrap_or(word));
-    words.filter(|word| numbers(word).is_some()).map(str::to_owned).next()
-}
-
-/// Major and minor of `10.0.2` or `53.0-dirty`.
-fn numbers(version: &str) -> Option<(u64, u64)> {
-    let (major, rest) = version.split_once('.')?;
-    let minor = rest.split(|char: char| !char.is_ascii_digit()).next()?;
-    Some((major.parse().ok()?, minor.parse().ok()?))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
-
-    /// A program that answers `--version` with `says`.
-    fn program(dir: &Path, name: &str, says: &str) -> PathBuf {
-        let path = dir.join(name);
-        fs::write(&path, format!("#!/bin/sh\n{says}\n")).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-        path
-    }
-
-    async fn found(path: &Path, memory: &mut Memory) -> Program {
-        find(&CLOUD_HYPERVISOR, Some(path), memory, Freshness::Remembered).await
-    }
-
-    #[test]
-    fn versions_as_the_vmms_tell_them() {
-        assert_eq!(version_in("cloud-hypervisor v53.0-dirty").as_deref(), Some("53.0-dirty"));
-        assert_eq!(version_in("QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)").as_deref(), Some("10.0.2"));
-        assert_eq!(version_in("no version here"), None);
-        assert_eq!((numbers("53.0-dirty"), numbers("10.0.2")), (Some((53, 0)), Some((10, 0))));
-        assert!(numbers("9.2.0") < Some((10, 0)) && numbers("51.2") < Some(CLOUD_HYPERVISOR.oldest));
-    }
+    use crate::program::testing::{program, scout};
 
     #[tokio::test]
     async fn a_program_is_judged_by_what_it_says() {
         let dir = tempfile::tempdir().unwrap();
-        let mut memory = Memory::load(dir.path().join("host.json"));
-        let good = found(&program(dir.path(), "good", "echo cloud-hypervisor v52.0"), &mut memory).await;
+        let mut scout = scout(dir.path(), Freshness::Remembered, Duration::from_secs(60));
+        let mut found = async |path: &Path| find(&CLOUD_HYPERVISOR, Some(path), &mut scout).await;
+        let good = found(&program(dir.path(), "good", "echo cloud-hypervisor v52.0")).await;
         assert_eq!((good.version.as_deref(), good.problem), (Some("52.0"), None));
-        let old = found(&program(dir.path(), "old", "echo cloud-hypervisor v51.1.0"), &mut memory).await;
+        let old = found(&program(dir.path(), "old", "echo cloud-hypervisor v51.1.0")).await;
         assert!(old.problem.unwrap().contains("version 51.1.0, but 52.0 or newer"));
-        let mute = found(&program(dir.path(), "mute", "echo no libssl >&2; exit 127"), &mut memory).await;
+        let mute = found(&program(dir.path(), "mute", "echo no libssl >&2; exit 127")).await;
         let problem = mute.problem.unwrap();
         assert!(problem.contains("exit status: 127") && problem.contains("no libssl"), "{problem}");
-        let none = found(&dir.path().join("none"), &mut memory).await;
+        let none = found(&dir.path().join("none")).await;
         assert!(none.problem.unwrap().starts_with("vmm.cloud_hypervisor names"));
-    }
-
-    #[tokio::test]
-    async fn a_version_is_asked_once() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut memory = Memory::load(dir.path().join("host.json"));
-        let says = format!("echo asked >>{}/asked; echo v53.0", dir.path().display());
-        let path = program(dir.path(), "ch", &says);
-        for _ in 0..3 {
-            assert_eq!(found(&path, &mut memory).await.version.as_deref(), Some("53.0"));
-        }
-        assert_eq!(fs::read_to_string(dir.path().join("asked")).unwrap(), "asked\n");
-        find(&CLOUD_HYPERVISOR, Some(&path), &mut memory, Freshness::Now).await;
-        assert_eq!(fs::read_to_string(dir.path().join("asked")).unwrap(), "asked\nasked\n");
     }
 }

@@ -21,7 +21,7 @@ crate::errors! {
     snapshot_required, vcpus_too_many, memory_too_large, limit_too_large,
     host_network, host_pid, host_ipc, host_device, foreign_pid_namespace, user_namespace, oci_hooks, mount_type,
     log_binary, bind_source_missing, cgroup_path, state_dir_unusable, state_dir_full, id_too_long, pod_exists, port_busy, kvm_wanted,
-    vmm_missing, vmm_false, vmm_old, virtiofsd_missing, virtiofsd_false,
+    vmm_missing, vmm_false, vmm_old, vmm_hangs, virtiofsd_missing, virtiofsd_false,
     kernel_missing, kernel_wrong, initramfs_missing, initramfs_wrong, init_fails, guest_panics, guest_hangs,
     guest_crashes, vmm_killed, virtiofsd_killed, agent_silent,
     program_missing, exec_missing, exec_stopped, exec_twice, kill_finished,
@@ -205,6 +205,11 @@ fn with_vmm<'a>(env: &'a Env, script: &str) -> Result<Container<'a>> {
 
 fn vmm_old(env: &Env) -> Result<String> {
     refused(with_vmm(env, "echo 'emulator version 7.2.0'")?)
+}
+
+fn vmm_hangs(env: &Env) -> Result<String> {
+    let container = with_vmm(env, "exec sleep 1000")?.settings(|s| s.set("deadlines", "boot", "\"2s\""));
+    refused(container)
 }
 
 fn virtiofsd_missing(env: &Env) -> Result<String> {
