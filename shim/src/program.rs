@@ -20,6 +20,9 @@ pub enum Freshness {
     Remembered,
 }
 
+/// Where findings are kept, in the state directory.
+const MEMORY: &str = "host.json";
+
 /// Looks at what a host has.
 #[derive(Debug)]
 pub struct Scout {
@@ -33,7 +36,8 @@ impl Scout {
     /// One that waits for a program as long as for a boot.
     #[must_use]
     pub fn new(config: &Config, freshness: Freshness) -> Self {
-        Self { memory: Memory::load(MEMORY.into()), freshness, patience: config.deadlines.boot.duration() }
+        let memory = Memory::load(config.state.dir.join(MEMORY));
+        Self { memory, freshness, patience: config.deadlines.boot.duration() }
     }
 
     /// The version that `read` finds in the first line of what `program` says; else what was wrong.
@@ -83,16 +87,13 @@ pub(crate) fn in_path(name: &str) -> Option<PathBuf> {
     env::split_paths(&path).filter(|dir| dir.is_absolute()).map(|dir| dir.join(name)).find(|path| is_executable(path))
 }
 
-/// Where findings are kept.
-const MEMORY: &str = "/run/chsnap/host.json";
-
 #[cfg(test)]
 pub(crate) mod testing {
     use super::*;
 
     /// A scout that keeps its findings in `dir`.
     pub fn scout(dir: &Path, freshness: Freshness, patience: Duration) -> Scout {
-        Scout { memory: Memory::load(dir.join("host.json")), freshness, patience }
+        Scout { memory: Memory::load(dir.join(MEMORY)), freshness, patience }
     }
 
     /// A program that answers `--version` with what the script `says`.
@@ -136,6 +137,17 @@ mod tests {
         assert_eq!(fs::read_to_string(dir.path().join("asked")).unwrap(), "asked\n");
         scout(dir.path(), Freshness::Now, patience).version(&path, version_in).await.unwrap();
         assert_eq!(fs::read_to_string(dir.path().join("asked")).unwrap(), "asked\nasked\n");
+    }
+
+    #[tokio::test]
+    async fn findings_are_kept_in_the_configured_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = Config::default();
+        config.state.dir = dir.path().join("state");
+        let path = program(dir.path(), "ch", "echo v53.0");
+        Scout::new(&config, Freshness::Remembered).version(&path, version_in).await.unwrap();
+        let memory = Memory::load(config.state.dir.join("host.json"));
+        assert_eq!(memory.version(&path).as_deref(), Some("53.0"));
     }
 
     #[tokio::test]

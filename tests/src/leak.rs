@@ -55,7 +55,9 @@ fn look(containerd: &Containerd) -> BTreeSet<String> {
     let bundles = format!("io.containerd.runtime.v2.task/{}", containerd.namespace);
     let dirs = ["s", "fifo", "tmp", &format!("state/{bundles}")].map(|d| containerd.run.join(d));
     for dir in dirs.iter().chain([&containerd.root.join("root").join(&bundles)]) {
-        all.extend(children(dir).into_iter().map(|p| format!("file {}", p.display())));
+        all.extend(
+            children(dir).into_iter().filter(|p| !is_memory(containerd, p)).map(|p| format!("file {}", p.display())),
+        );
     }
     all.extend(sockets(containerd));
     for dir in cgroup_dirs(&containerd.namespace) {
@@ -77,6 +79,11 @@ fn look(containerd: &Containerd) -> BTreeSet<String> {
         }
     }
     all
+}
+
+/// What chsnap has found out about the host, which outlives every pod.
+fn is_memory(containerd: &Containerd, path: &Path) -> bool {
+    path == containerd.pods().join("host.json")
 }
 
 /// Mount points below `dir` that this process sees, deepest first.

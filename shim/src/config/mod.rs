@@ -184,7 +184,7 @@ impl From<LogLevel> for log::LevelFilter {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct StateConfig {
-    /// One directory a pod, below its namespace.
+    /// One directory a pod, below its namespace; `host.json` keeps what was found out about the host.
     pub dir: PathBuf,
 }
 

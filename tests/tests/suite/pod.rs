@@ -77,5 +77,6 @@ fn longest_id(env: &Env) -> Result<()> {
     in_default(&["container", "rm", &id]).output()?;
     in_default(&["image", "rm", "--sync", IMAGE]).text()?;
     answers?;
+    fs::remove_file(state.join("host.json"))?;
     fs::remove_dir(&state).with_context(|| format!("{} is not empty", state.display()))
 }
