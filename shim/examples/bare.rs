@@ -41,9 +41,11 @@ async fn run(began: Instant) -> Result<(), Box<dyn Error>> {
     let spec_json = plan.spec_json(&division)?;
     let Division { binds, staged, mountpoints, .. } = &division;
     assembly.publish(&Content { binds, staged, mountpoints, readonly: false })?;
-    let driver = vmm::select(&config.vmm, &mut Scout::new(&config, Freshness::Remembered)).await?;
+    let mut scout = Scout::new(&config, Freshness::Remembered);
+    let driver = vmm::select(&config.vmm, &mut scout).await?;
+    let virtiofsd = share::find_virtiofsd(&config.share, &mut scout).await?;
     let share_socket = dir.join("fs.sock");
-    let mut virtiofsd = Virtiofsd::spawn(&config.share, share.dir(), &share_socket, &[])?;
+    let mut virtiofsd = Virtiofsd::spawn(&virtiofsd, config.share.cache, share.dir(), &share_socket, &[])?;
     let spec = VmSpec {
         cpus: config.guest.default_vcpus,
         memory_mib: config.guest.default_memory.as_mib(),

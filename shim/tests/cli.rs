@@ -145,7 +145,7 @@ const CHECKS: [&str; 17] = [
 fn doctor(path: &str, config: &str, args: &[&str]) -> Output {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("config.toml");
-    fs::write(&file, config).unwrap();
+    fs::write(&file, format!("{config}\n[state]\ndir = {:?}\n", dir.path().join("state"))).unwrap();
     let command = [&["doctor", "--config", file.to_str().unwrap()], args].concat();
     Command::new(env!("CARGO_BIN_EXE_chsnap")).args(command).env("PATH", path).stdin(Stdio::null()).output().unwrap()
 }

@@ -71,9 +71,10 @@ impl Check {
 pub async fn examine(explicit: Option<&Path>) -> Report {
     let (config, configuration) = configuration(explicit);
     let mut checks = vec![configuration, host::root(), host::kernel(), host::size(&config), host::cgroups()];
-    let survey = vmm::survey(&config.vmm, &mut Scout::new(&config, Freshness::Now)).await;
+    let mut scout = Scout::new(&config, Freshness::Now);
+    let survey = vmm::survey(&config.vmm, &mut scout).await;
     checks.extend(machine::checks(&survey));
-    checks.push(programs::virtiofsd(&config.share).await);
+    checks.push(programs::virtiofsd(&config.share, &mut scout).await);
     checks.push(guest::kernel(&config.guest.kernel));
     checks.push(guest::initramfs(&config.guest.initramfs));
     checks.push(programs::shim());

@@ -29,7 +29,7 @@ use crate::{
     cgroup::Cgroup,
     config::{Config, Overrides, Shape},
     program::{Freshness, Scout},
-    share::{Content, RootMount, Share, Virtiofsd},
+    share::{self, Content, RootMount, Share, Virtiofsd},
     vmm::{self, Vm, VmSpec},
 };
 
@@ -175,6 +175,7 @@ impl Sandbox {
         let config = request.config;
         let mut scout = Scout::new(config, Freshness::Remembered);
         let driver = vmm::select(&request.overrides.vmm(&config.vmm), &mut scout).await?;
+        let program = share::find_virtiofsd(&config.share, &mut scout).await?;
         readable(&config.guest.kernel, "kernel")?;
         readable(&config.guest.initramfs, "initramfs")?;
         phases.mark("select");
@@ -183,7 +184,7 @@ impl Sandbox {
         let share = parts.share.insert(share);
         let spec_json = add_root(share, first)?;
         let socket = parts.dir.path().join(SHARE_SOCKET);
-        let virtiofsd = Virtiofsd::spawn(&config.share, share.dir(), &socket, parts.cgroup.dirs())?;
+        let virtiofsd = Virtiofsd::spawn(&program, config.share.cache, share.dir(), &socket, parts.cgroup.dirs())?;
         let virtiofsd = parts.virtiofsd.insert(virtiofsd);
         phases.mark("share");
 

@@ -22,7 +22,7 @@ mod virtiofsd;
 
 pub use bind::{Bind, BindError};
 pub use options::{MountError, RootMount};
-pub use virtiofsd::{Ended, Virtiofsd, VirtiofsdError, program as virtiofsd_program};
+pub use virtiofsd::{Ended, Program as VirtiofsdProgram, Virtiofsd, VirtiofsdError, find as find_virtiofsd};
 
 /// Preparing the share failed.
 #[derive(Debug, Error)]

@@ -4,7 +4,7 @@
 //! nobody polls for a path to appear.
 
 use std::{
-    env, io,
+    io,
     os::{fd::OwnedFd, unix::net::UnixListener},
     path::{Path, PathBuf},
     time::Duration,
@@ -13,19 +13,46 @@ use std::{
 use thiserror::Error;
 use tokio::{io::AsyncReadExt, process::Child, time::timeout};
 
-use crate::{child, config::ShareConfig};
+use crate::{
+    child,
+    config::{CacheMode, ShareConfig},
+    program::{Scout, in_path, is_executable, numbers},
+};
 
 /// virtiofsd could not be started, or ended early.
 #[derive(Debug, Error)]
 pub enum VirtiofsdError {
     /// Not on this host.
-    #[error("cannot run virtiofsd as {program:?}; install virtiofsd 1.14 or newer, or name it in [share] virtiofsd")]
+    #[error(
+        "cannot run virtiofsd as {program:?}; install virtiofsd {NEEDED} or newer, or name it in [share] virtiofsd"
+    )]
     Spawn {
         /// What was tried.
         program: PathBuf,
         /// Why not.
         #[source]
         source: io::Error,
+    },
+    /// Another program, or one that cannot be loaded.
+    #[error(
+        "{program:?} does not say that it is virtiofsd ({said}): install virtiofsd {NEEDED} or newer, or name it in \
+         [share] virtiofsd"
+    )]
+    Mute {
+        /// What was asked.
+        program: PathBuf,
+        /// Its answer.
+        said: String,
+    },
+    /// Too old a one.
+    #[error(
+        "{program:?} is {found}, but virtiofsd {NEEDED} or newer is needed: install it, or name it in [share] virtiofsd"
+    )]
+    Old {
+        /// What was asked.
+        program: PathBuf,
+        /// What it is.
+        found: String,
     },
     /// Its socket.
     #[error("cannot listen on {path:?}")]
@@ -38,19 +65,54 @@ pub enum VirtiofsdError {
     },
 }
 
+/// The first that a VM with it can be restored from, which a snapshot does.
+const OLDEST: (u64, u64) = (1, 14);
+const NEEDED: &str = "1.14";
+
 /// Where distributions put it, beside the directories of PATH.
 const LIBEXEC: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd"];
 
-/// The program: as configured, else from PATH, else from where distributions put it. A name that is found nowhere is
-/// answered as it is, for the error message.
-#[must_use]
-pub fn program(config: &ShareConfig) -> PathBuf {
-    if let Some(path) = &config.virtiofsd {
-        return path.clone();
+/// A virtiofsd that can be used.
+#[derive(Debug, Clone)]
+pub struct Program {
+    /// Where.
+    pub path: PathBuf,
+    /// Such as `1.14.0`.
+    pub version: String,
+}
+
+/// Finds it: as configured, else in PATH, else where distributions put it.
+///
+/// # Errors
+/// See [`VirtiofsdError`].
+pub async fn find(config: &ShareConfig, scout: &mut Scout) -> Result<Program, VirtiofsdError> {
+    let libexec = || LIBEXEC.iter().map(PathBuf::from).find(|path| is_executable(path));
+    let path = config.virtiofsd.clone().or_else(|| in_path("virtiofsd")).or_else(libexec);
+    // A name that is found nowhere is for the error's text.
+    let path = path.unwrap_or_else(|| "virtiofsd".into());
+    if let Err(source) = path.metadata() {
+        return Err(VirtiofsdError::Spawn { program: path, source });
     }
-    let path = env::var_os("PATH").unwrap_or_default();
-    let found = env::split_paths(&path).map(|dir| dir.join("virtiofsd")).chain(LIBEXEC.iter().map(PathBuf::from));
-    found.into_iter().find(|p| p.is_file()).unwrap_or_else(|| "virtiofsd".into())
+    match scout.version(&path, own_version).await {
+        // Version 7.2.0 of QEMU's is older than 1.14.0.
+        Ok(version) if version.starts_with(OLD_ONES) => {
+            Err(VirtiofsdError::Old { program: path, found: format!("QEMU's old virtiofsd, {version}") })
+        }
+        Ok(version) if numbers(&version) < Some(OLDEST) => {
+            Err(VirtiofsdError::Old { program: path, found: format!("version {version}") })
+        }
+        Ok(version) => Ok(Program { path, version }),
+        Err(said) => Err(VirtiofsdError::Mute { program: path, said }),
+    }
+}
+
+/// QEMU's, in C, says "virtiofsd version 7.2.22"; the new one, in Rust, "virtiofsd 1.14.0".
+const OLD_ONES: &str = "version ";
+
+fn own_version(line: &str) -> Option<String> {
+    let version = line.strip_prefix("virtiofsd ")?;
+    let known = version.starts_with(OLD_ONES) || numbers(version).is_some();
+    known.then(|| version.trim().to_owned())
 }
 
 /// How virtiofsd ended.
@@ -74,14 +136,19 @@ impl Virtiofsd {
     ///
     /// # Errors
     /// See [`VirtiofsdError`]. What virtiofsd itself finds wrong shows in [`Virtiofsd::ended`].
-    pub fn spawn(config: &ShareConfig, dir: &Path, socket: &Path, cgroups: &[PathBuf]) -> Result<Self, VirtiofsdError> {
-        let program = program(config);
+    pub fn spawn(
+        program: &Program,
+        cache: CacheMode,
+        dir: &Path,
+        socket: &Path,
+        cgroups: &[PathBuf],
+    ) -> Result<Self, VirtiofsdError> {
         let listener =
             UnixListener::bind(socket).map_err(|source| VirtiofsdError::Socket { path: socket.into(), source })?;
         let listener: OwnedFd = listener.into();
         let number = child::fd_number(&listener);
-        let failed = |source| VirtiofsdError::Spawn { program: program.clone(), source };
-        let mut command = child::command(&program, cgroups, vec![listener]).map_err(failed)?;
+        let failed = |source| VirtiofsdError::Spawn { program: program.path.clone(), source };
+        let mut command = child::command(&program.path, cgroups, vec![listener]).map_err(failed)?;
         command
             .arg(format!("--fd={number}"))
             .arg("--shared-dir")
@@ -90,7 +157,7 @@ impl Virtiofsd {
             // overlayfs has no file handles to offer, and a snapshot finds its inodes by path.
             .args(["--inode-file-handles=never", "--migration-mode=find-paths"])
             .args(["--announce-submounts", "--xattr"])
-            .arg(format!("--cache={}", config.cache))
+            .arg(format!("--cache={cache}"))
             .stdout(std::process::Stdio::null());
         let child = command.spawn().map_err(failed)?;
         Ok(Self { child, socket: socket.into() })
@@ -130,5 +197,47 @@ impl Virtiofsd {
 impl Drop for Virtiofsd {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.socket);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::program::{
+        Freshness,
+        testing::{program, scout},
+    };
+
+    async fn found(dir: &Path, says: &str) -> Result<Program, String> {
+        let mut scout = scout(dir, Freshness::Now, Duration::from_secs(60));
+        let config = ShareConfig { virtiofsd: Some(program(dir, "v", says)), ..ShareConfig::default() };
+        find(&config, &mut scout).await.map_err(|e| e.to_string())
+    }
+
+    #[tokio::test]
+    async fn only_one_that_is_new_enough_is_used() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(found(dir.path(), "echo virtiofsd 1.14.0").await.unwrap().version, "1.14.0");
+        for (says, error) in [
+            (
+                "echo virtiofsd 1.13.3",
+                "/v\" is version 1.13.3, but virtiofsd 1.14 or newer is needed: install it, or name",
+            ),
+            (
+                "echo virtiofsd version 7.2.22; echo using FUSE",
+                "is QEMU's old virtiofsd, version 7.2.22, but virtiofsd 1.14",
+            ),
+            (
+                "echo GNU coreutils 9.1",
+                "does not say that it is virtiofsd (exit status: 0; \"GNU coreutils 9.1\" \"\")",
+            ),
+            ("echo broken >&2; exit 3", "(exit status: 3; \"\" \"broken\")"),
+        ] {
+            let text = found(dir.path(), says).await.unwrap_err();
+            assert!(text.contains(error) && text.ends_with("[share] virtiofsd"), "{text}");
+        }
+        let mut scout = scout(dir.path(), Freshness::Now, Duration::from_secs(60));
+        let config = ShareConfig { virtiofsd: Some(dir.path().join("none")), ..ShareConfig::default() };
+        assert!(matches!(find(&config, &mut scout).await, Err(VirtiofsdError::Spawn { .. })));
     }
 }

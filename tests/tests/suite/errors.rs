@@ -1,6 +1,6 @@
 //! Everything that can be wrong, by the names of `docs/errors.md`: each case provokes its row and answers the message.
 
-use std::{fs, net::TcpListener, os::unix::fs::PermissionsExt, time::Duration};
+use std::{fs, net::TcpListener, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use chsnap_tests::{Container, Env, Output, Settings, Started, Vmm, eventually, kill, table};
@@ -21,7 +21,7 @@ crate::errors! {
     snapshot_required, vcpus_too_many, memory_too_large, limit_too_large,
     host_network, host_pid, host_ipc, host_device, foreign_pid_namespace, user_namespace, oci_hooks, mount_type,
     log_binary, bind_source_missing, cgroup_path, state_dir_unusable, state_dir_full, id_too_long, pod_exists, port_busy, kvm_wanted,
-    vmm_missing, vmm_false, vmm_old, vmm_hangs, virtiofsd_missing, virtiofsd_false,
+    vmm_missing, vmm_false, vmm_old, vmm_hangs, virtiofsd_missing, virtiofsd_false, virtiofsd_old, virtiofsd_of_qemu, virtiofsd_ends,
     kernel_missing, kernel_wrong, initramfs_missing, initramfs_wrong, init_fails, guest_panics, guest_hangs,
     guest_crashes, vmm_killed, virtiofsd_killed, agent_silent,
     program_missing, exec_missing, exec_stopped, exec_twice, kill_finished,
@@ -198,9 +198,13 @@ fn vmm_false(env: &Env) -> Result<String> {
 /// A VMM that is this shell script.
 fn with_vmm<'a>(env: &'a Env, script: &str) -> Result<Container<'a>> {
     let program = env.dir.join("vmm");
-    fs::write(&program, format!("#!/bin/sh\n{script}\n"))?;
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    script_at(&program, script)?;
     Ok(with(env, |s| s.path("vmm", vmm_key(env), program)))
+}
+
+fn script_at(path: &Path, script: &str) -> Result<()> {
+    fs::write(path, format!("#!/bin/sh\n{script}\n"))?;
+    Ok(fs::set_permissions(path, fs::Permissions::from_mode(0o755))?)
 }
 
 fn vmm_old(env: &Env) -> Result<String> {
@@ -217,7 +221,28 @@ fn virtiofsd_missing(env: &Env) -> Result<String> {
 }
 
 fn virtiofsd_false(env: &Env) -> Result<String> {
-    failed(with(env, |s| s.path("share", "virtiofsd", "/bin/false")).command(["true"]).output()?, A_BOOT)
+    refused(with(env, |s| s.path("share", "virtiofsd", "/bin/false")))
+}
+
+/// A virtiofsd that is this shell script.
+fn with_virtiofsd<'a>(env: &'a Env, script: &str) -> Result<Container<'a>> {
+    let program = env.dir.join("virtiofsd");
+    script_at(&program, script)?;
+    Ok(with(env, |s| s.path("share", "virtiofsd", program)))
+}
+
+fn virtiofsd_old(env: &Env) -> Result<String> {
+    refused(with_virtiofsd(env, "echo 'virtiofsd 1.13.3'")?)
+}
+
+fn virtiofsd_of_qemu(env: &Env) -> Result<String> {
+    refused(with_virtiofsd(env, "echo 'virtiofsd version 7.2.22 (Debian 1:7.2)'; echo 'using FUSE kernel interface'")?)
+}
+
+/// One that finds something wrong when it is to serve.
+fn virtiofsd_ends(env: &Env) -> Result<String> {
+    let script = "[ \"$1\" = --version ] && exec echo virtiofsd 1.14.0\necho 'no namespaces here' >&2; exit 3";
+    failed(with_virtiofsd(env, script)?.command(["true"]).output()?, A_BOOT)
 }
 
 fn kernel_missing(env: &Env) -> Result<String> {
