@@ -11,6 +11,7 @@ pub mod config;
 pub mod doctor;
 pub mod image;
 pub mod program;
+mod ring;
 pub mod sandbox;
 pub mod share;
 pub mod state;

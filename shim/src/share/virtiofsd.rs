@@ -11,12 +11,13 @@ use std::{
 };
 
 use thiserror::Error;
-use tokio::{io::AsyncReadExt, process::Child, time::timeout};
+use tokio::{process::Child, task::JoinHandle, time::timeout};
 
 use crate::{
     child,
     config::{CacheMode, ShareConfig},
     program::{Scout, in_path, is_executable, numbers},
+    ring::Ring,
 };
 
 /// virtiofsd could not be started, or ended early.
@@ -68,6 +69,9 @@ pub enum VirtiofsdError {
 /// The first that a VM with it can be restored from, which a snapshot does.
 const OLDEST: (u64, u64) = (1, 14);
 const NEEDED: &str = "1.14";
+
+/// How long the pipe of a dead one may stay open.
+const DRAIN: Duration = Duration::from_millis(200);
 
 /// Where distributions put it, beside the directories of PATH.
 const LIBEXEC: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd"];
@@ -124,11 +128,18 @@ pub struct Ended {
     pub how: String,
 }
 
+/// Kept of what it writes to stderr, and how much of that is told.
+const STDERR_BYTES: usize = 8 << 10;
+const STDERR_LINES: usize = 8;
+
 /// A running virtiofsd. Dropping it kills it.
 #[derive(Debug)]
 pub struct Virtiofsd {
     child: Child,
     socket: PathBuf,
+    stderr: Ring,
+    /// Reads as it comes: one that writes much would stand still before a full pipe.
+    reader: JoinHandle<()>,
 }
 
 impl Virtiofsd {
@@ -159,8 +170,15 @@ impl Virtiofsd {
             .args(["--announce-submounts", "--xattr"])
             .arg(format!("--cache={cache}"))
             .stdout(std::process::Stdio::null());
-        let child = command.spawn().map_err(failed)?;
-        Ok(Self { child, socket: socket.into() })
+        let mut child = command.spawn().map_err(failed)?;
+        let (stderr, pipe) = (Ring::new(STDERR_BYTES), child.stderr.take());
+        let ring = stderr.clone();
+        let reader = tokio::spawn(async move {
+            if let Some(pipe) = pipe {
+                ring.fill_from(pipe).await;
+            }
+        });
+        Ok(Self { child, socket: socket.into(), stderr, reader })
     }
 
     /// Its process.
@@ -172,16 +190,14 @@ impl Virtiofsd {
     /// Waits until it has ended, and says how.
     pub async fn ended(&mut self) -> Ended {
         let status = self.child.wait().await;
-        let mut said = String::new();
-        if let Some(stderr) = self.child.stderr.take() {
-            // Bounded in length, and in time since a grandchild may hold the pipe.
-            let mut stderr = stderr.take(8192);
-            let _ = timeout(Duration::from_millis(200), stderr.read_to_string(&mut said)).await;
+        // Bounded, since a grandchild may hold the pipe.
+        if !self.reader.is_finished() {
+            let _ = timeout(DRAIN, &mut self.reader).await;
         }
         let clean = status.as_ref().is_ok_and(|s| s.success());
         let status = status.map_or_else(|e| e.to_string(), |s| s.to_string());
-        let how = match said.trim() {
-            "" => status,
+        let how = match self.stderr.last_lines(STDERR_LINES) {
+            said if said.is_empty() => status,
             said => format!("{status}: {said}"),
         };
         Ended { clean, how }
@@ -196,6 +212,7 @@ impl Virtiofsd {
 
 impl Drop for Virtiofsd {
     fn drop(&mut self) {
+        self.reader.abort();
         let _ = std::fs::remove_file(&self.socket);
     }
 }
@@ -239,5 +256,24 @@ mod tests {
         let mut scout = scout(dir.path(), Freshness::Now, Duration::from_secs(60));
         let config = ShareConfig { virtiofsd: Some(dir.path().join("none")), ..ShareConfig::default() };
         assert!(matches!(find(&config, &mut scout).await, Err(VirtiofsdError::Spawn { .. })));
+    }
+
+    #[tokio::test]
+    async fn one_that_writes_much_is_not_held_up_and_its_last_words_are_told() {
+        let dir = tempfile::tempdir().unwrap();
+        // More than a pipe holds, twenty times over.
+        let path = program(dir.path(), "v", "yes noise | head -c 1200000 >&2; echo 'no more room' >&2; exit 3");
+        let program = Program { path, version: "1.14.0".into() };
+        let socket = dir.path().join("s");
+        let mut virtiofsd = Virtiofsd::spawn(&program, CacheMode::Auto, dir.path(), &socket, &[]).unwrap();
+        // Given up half-way, as by whoever waits for the machine as well.
+        let _ = timeout(Duration::from_millis(1), virtiofsd.ended()).await;
+        let ended = timeout(Duration::from_secs(20), virtiofsd.ended()).await.unwrap();
+        assert!(
+            ended.how.starts_with("exit status: 3: noise | ") && ended.how.ends_with(" | no more room"),
+            "{ended:?}"
+        );
+        assert!(!ended.clean && ended.how.lines().count() == 1 && ended.how.len() < 200, "{ended:?}");
+        assert_eq!(virtiofsd.ended().await.how, ended.how);
     }
 }

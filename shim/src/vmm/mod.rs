@@ -15,7 +15,6 @@ mod kvm;
 mod memory;
 mod process;
 mod qemu;
-mod ring;
 mod rung;
 #[cfg(test)]
 mod scenarios;

@@ -13,8 +13,8 @@ use std::{
 use seccompiler::BpfProgram;
 use tokio::{io::AsyncRead, process::Child, sync::watch, time::timeout};
 
-use super::{BootError, ControlError, VmExit, ring::Ring};
-use crate::child;
+use super::{BootError, ControlError, VmExit};
+use crate::{child, ring::Ring};
 
 /// Kept of the guest's console: more than a kernel's last words, less than anybody minds per pod.
 const CONSOLE_BYTES: usize = 32 << 10;

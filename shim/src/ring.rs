@@ -7,7 +7,7 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// The last `limit` bytes of what a VMM or its guest wrote. Clones share the bytes.
+/// The last `limit` bytes of what a VMM, its guest or virtiofsd wrote. Clones share the bytes.
 #[derive(Debug, Clone)]
 pub struct Ring(Arc<Mutex<Inner>>);
 
@@ -43,6 +43,13 @@ impl Ring {
             inner.bytes.drain(..surplus);
         }
         inner.bytes.extend(data);
+    }
+
+    /// The last of them that say something, on one line.
+    pub fn last_lines(&self, most: usize) -> String {
+        let text = self.text();
+        let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        lines[lines.len().saturating_sub(most)..].join(" | ")
     }
 
     /// The whole lines that are kept, printable on a terminal and in a log whatever the guest wrote.
@@ -109,6 +116,15 @@ mod tests {
         ring.push(b"ab");
         ring.push(b"0123456789");
         assert_eq!(ring.text(), "6789");
+    }
+
+    #[test]
+    fn the_last_lines_are_one() {
+        let ring = Ring::new(1 << 10);
+        assert_eq!(ring.last_lines(2), "");
+        ring.push(b"one\n\n two \nthree\n\n");
+        assert_eq!(ring.last_lines(2), "two | three");
+        assert_eq!(ring.last_lines(9), "one | two | three");
     }
 
     #[test]
