@@ -1,7 +1,8 @@
 //! Programs of the host: where they are, and what they say about their version.
 
 use std::{
-    env, fs,
+    collections::BTreeSet,
+    env, fs, io,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     time::Duration,
@@ -9,7 +10,11 @@ use std::{
 
 use tokio::time::timeout;
 
-use crate::{child, config::Config, vmm::Memory};
+use crate::{
+    child,
+    config::Config,
+    vmm::{self, Memory, Rung},
+};
 
 /// Whether to believe what was found before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +54,18 @@ impl Scout {
                 let asked = timeout(self.patience, ask_version(program, read)).await;
                 let late = |_| Err(format!("no answer within {} s, [deadlines] boot", self.patience.as_secs_f32()));
                 asked.unwrap_or_else(late).inspect(|version| self.memory.learn_version(program, version))
+            }
+        }
+    }
+
+    /// The rungs whose masks are options of this Cloud Hypervisor.
+    pub(crate) async fn own_rungs(&mut self, program: &Path) -> io::Result<BTreeSet<Rung>> {
+        let remembered = (self.freshness == Freshness::Remembered).then(|| self.memory.rungs(program)).flatten();
+        match remembered {
+            Some(rungs) => Ok(rungs),
+            None => {
+                let found = vmm::own_rungs(program, self.patience).await;
+                found.inspect(|rungs| self.memory.learn_rungs(program, rungs))
             }
         }
     }

@@ -91,7 +91,7 @@ pub enum ControlError {
         what: String,
     },
     /// A file that the VMM cannot be told of.
-    #[error("the path {path:?} is not UTF-8, and the VMM takes no other")]
+    #[error("the path {path:?} is not UTF-8 or has a quote in it, and the VMM takes no such")]
     Path {
         /// Which.
         path: PathBuf,

@@ -4,7 +4,7 @@
 //! a version. Losing the file costs some milliseconds; nothing fails for it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
@@ -12,7 +12,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::kvm;
+use super::{Rung, kvm};
 
 /// A larger file is not ours.
 const MAX_BYTES: u64 = 64 << 10;
@@ -30,6 +30,8 @@ pub struct Memory {
 struct Findings {
     kvm: Option<KvmFinding>,
     versions: BTreeMap<PathBuf, VersionFinding>,
+    #[serde(default)]
+    rungs: BTreeMap<PathBuf, RungsFinding>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -45,6 +47,12 @@ struct KvmFinding {
 struct VersionFinding {
     file: Identity,
     version: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct RungsFinding {
+    file: Identity,
+    rungs: BTreeSet<Rung>,
 }
 
 /// What changes when a file is replaced.
@@ -116,6 +124,23 @@ impl Memory {
         self.store();
     }
 
+    /// The rungs for which the program has options, if it is still the same file.
+    pub fn rungs(&self, program: &Path) -> Option<BTreeSet<Rung>> {
+        let known = self.findings.rungs.get(program)?;
+        (known.file == Identity::of(program).ok()?).then(|| known.rungs.clone())
+    }
+
+    /// Remembers for which rungs a program has options.
+    pub fn learn_rungs(&mut self, program: &Path, rungs: &BTreeSet<Rung>) {
+        let Ok(file) = Identity::of(program) else { return };
+        let findings = &mut self.findings.rungs;
+        if findings.len() >= MAX_PROGRAMS {
+            findings.clear();
+        }
+        findings.insert(program.to_owned(), RungsFinding { file, rungs: rungs.clone() });
+        self.store();
+    }
+
     /// By rename, as several shims may do it at once. One that loses its findings finds them again.
     fn store(&self) {
         let store = || -> io::Result<()> {
@@ -153,8 +178,12 @@ mod tests {
         let mut memory = Memory::load(path.clone());
         assert_eq!(memory.version(&program), None);
         memory.learn_version(&program, "1.0");
+        let rungs = BTreeSet::from([Rung::NoPmu]);
+        memory.learn_rungs(&program, &rungs);
+        assert_eq!(Memory::load(path.clone()).rungs(&program), Some(rungs));
         assert_eq!(Memory::load(path.clone()).version(&program).as_deref(), Some("1.0"));
         fs::write(&program, "three").unwrap();
+        assert_eq!(Memory::load(path.clone()).rungs(&program), None);
         assert_eq!(Memory::load(path).version(&program), None);
     }
 

@@ -23,6 +23,7 @@ mod survey;
 #[cfg(test)]
 mod testing;
 
+pub(crate) use cloud_hypervisor::own_rungs;
 pub use error::{BootError, ChannelError, ControlError};
 pub(crate) use memory::Memory;
 pub use rung::Rung;

@@ -36,6 +36,15 @@ impl Rung {
         self >= Self::Aggressive
     }
 
+    /// The properties of a CPU that a VMM with options for them is told.
+    pub(super) fn properties(self) -> &'static str {
+        match self {
+            Self::Standard => "",
+            Self::NoPmu => ",pmu=off",
+            Self::Aggressive => ",pmu=off,sve=off",
+        }
+    }
+
     /// The rung that this is on a processor of that kind: x86_64 has neither feature in this sense.
     pub(super) fn on(self, arch: Arch) -> Self {
         match arch {

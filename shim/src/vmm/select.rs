@@ -1,12 +1,13 @@
 //! Which driver a container gets.
 
-use std::path::PathBuf;
+use std::{collections::BTreeSet, path::PathBuf};
 
 use serde::Serialize;
 use thiserror::Error;
 
 use super::{
-    Accelerator, Driver, VmmKind,
+    Accelerator, Driver, Rung, VmmKind,
+    arch::Arch,
     cloud_hypervisor::CloudHypervisor,
     qemu::Qemu,
     survey::{Host, Program},
@@ -65,7 +66,16 @@ pub async fn select(config: &VmmConfig, scout: &mut Scout) -> Result<Box<dyn Dri
     log::debug!("{vmm} on {accelerator}: {why}");
     match vmm {
         VmmKind::Qemu => Ok(Box::new(Qemu { program, accelerator })),
-        VmmKind::CloudHypervisor => Ok(Box::new(CloudHypervisor { program })),
+        VmmKind::CloudHypervisor => {
+            let own_rungs = if config.rung.on(Arch::HOST) == Rung::Standard {
+                BTreeSet::new()
+            } else {
+                let mute = |error| format!("{program:?} does not tell which CPU options it has: {error}");
+                let rungs = scout.own_rungs(&program).await;
+                rungs.map_err(|error| SelectError::Unusable { kind: vmm, problem: mute(error) })?
+            };
+            Ok(Box::new(CloudHypervisor { program, own_rungs }))
+        }
     }
 }
 

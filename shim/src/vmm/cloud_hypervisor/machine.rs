@@ -5,11 +5,11 @@ use std::path::Path;
 use chsnap_protocol::SHARE_TAG;
 use serde_json::{Value, json};
 
-use super::api::Api;
+use super::{api::Api, own::text};
 use crate::vmm::{Accelerator, ControlError, VmSpec, arch::Arch};
 
 /// The guest's address on its vsock. Each machine has a vsock of its own, so all have the same.
-const CID: u32 = 3;
+pub const CID: u32 = 3;
 
 /// Major and minor version of the VMM that answers.
 pub async fn version(api: &Api) -> Result<(String, Option<(u64, u64)>), ControlError> {
@@ -27,9 +27,8 @@ pub async fn version(api: &Api) -> Result<(String, Option<(u64, u64)>), ControlE
 pub async fn boot(api: &Api, spec: &VmSpec, vsock: &Path) -> Result<(), ControlError> {
     let created = api.put("vm.create", Some(&config(spec, vsock, true)?)).await;
     if let Err(ControlError::Refused { answer, .. }) = &created
-        && answer.to_lowercase().contains("landlock")
+        && lacks_landlock(answer)
     {
-        log::warn!("this kernel has no Landlock, so the VMM's only walls are seccomp and its cgroup: {answer}");
         // The refused machine is there all the same.
         api.put("vm.delete", None).await?;
         api.put("vm.create", Some(&config(spec, vsock, false)?)).await?;
@@ -37,6 +36,15 @@ pub async fn boot(api: &Api, spec: &VmSpec, vsock: &Path) -> Result<(), ControlE
         created?;
     }
     api.put("vm.boot", None).await
+}
+
+/// Whether the VMM refuses a machine because this kernel cannot confine it; then it is warned of.
+pub fn lacks_landlock(said: &str) -> bool {
+    let lacking = said.to_lowercase().contains("landlock");
+    if lacking {
+        log::warn!("this kernel has no Landlock, so the VMM's only walls are seccomp and its cgroup: {said}");
+    }
+    lacking
 }
 
 /// The machine. Unknown fields are ignored silently by the API, so every name here is checked by a test.
@@ -59,8 +67,4 @@ fn config(spec: &VmSpec, vsock: &Path, landlock: bool) -> Result<Value, ControlE
         "pvpanic": true,
         "landlock_enable": landlock,
     }))
-}
-
-fn text(path: &Path) -> Result<&str, ControlError> {
-    path.to_str().ok_or_else(|| ControlError::Path { path: path.to_owned() })
 }

@@ -8,10 +8,12 @@ mod api;
 mod events;
 mod machine;
 mod mask;
+mod own;
 #[cfg(test)]
 mod tests;
 
 use std::{
+    collections::BTreeSet,
     ffi::OsString,
     fs, io,
     os::{
@@ -30,8 +32,9 @@ use tokio::{
 };
 
 use self::api::Api;
+pub use self::own::rungs as own_rungs;
 use super::{
-    Accelerator, BootError, Channel, ChannelError, ControlError, Driver, Vm, VmExit, VmSpec, VmmKind,
+    Accelerator, BootError, Channel, ChannelError, ControlError, Driver, Rung, Vm, VmExit, VmSpec, VmmKind,
     arch::Arch,
     process::{Launch, Leash, Process},
 };
@@ -50,6 +53,8 @@ const VSOCK: &str = "vsock";
 pub struct CloudHypervisor {
     /// Its program.
     pub program: PathBuf,
+    /// The rungs whose masks it has options for; those of others are put upon it from outside.
+    pub own_rungs: BTreeSet<Rung>,
 }
 
 #[derive(Debug)]
@@ -71,40 +76,9 @@ impl Driver for CloudHypervisor {
     }
 
     async fn boot(&self, spec: &VmSpec) -> Result<Box<dyn Vm>, BootError> {
-        let vsock = spec.run_dir.join(VSOCK);
-        let agent_path = spec.run_dir.join(format!("{VSOCK}_{VSOCK_PORT}"));
-        let agent = socket("agent", || {
-            let listener = StdListener::bind(&agent_path)?;
-            listener.set_nonblocking(true)?;
-            UnixListener::from_std(listener)
-        })?;
-        let (api, api_fd) = socket("API", || api_socket(&spec.run_dir.join("api.sock"), spec.deadline))?;
-        let (events, events_fd) = socket("event", || {
-            let (ours, theirs) = StdStream::pair()?;
-            ours.set_nonblocking(true)?;
-            Ok((UnixStream::from_std(ours)?, OwnedFd::from(theirs)))
-        })?;
-        let fd = |fd| OsString::from(format!("fd={}", child::fd_number(fd)));
-        let launch = Launch {
-            program: &self.program,
-            args: vec!["--api-socket".into(), fd(&api_fd), "--event-monitor".into(), fd(&events_fd)],
-            fds: vec![api_fd, events_fd],
-            cgroups: &spec.cgroups,
-            filter: mask::filter(spec.rung.on(Arch::HOST)).map_err(BootError::Mask)?,
-        };
-        let leash = Leash::new();
-        let listener = tokio::spawn(events::listen(events, leash.clone()));
-        // It ends by itself, and well, only after the guest powered off; it may not get to telling that.
-        let by_guest = |ended_well| async move { listener.await.unwrap_or(false) || ended_well };
-        let process = Process::start(launch, leash, by_guest)?;
-        match self.start(&api, spec, &vsock).await {
-            Ok(()) => Ok(Box::new(CloudHypervisorVm { process, agent, agent_path, _api: api })),
-            Err(StartError::Old(found)) => {
-                process.kill().await;
-                let needed = format!("{}.{}", OLDEST.0, OLDEST.1);
-                Err(BootError::Version { program: self.program.clone(), found, needed })
-            }
-            Err(StartError::Control(error)) => Err(process.gave_up(&self.program, error, advice).await),
+        match self.boot_within(spec, true).await {
+            Err(BootError::Died { said, .. }) if machine::lacks_landlock(&said) => self.boot_within(spec, false).await,
+            outcome => outcome,
         }
     }
 }
@@ -121,12 +95,59 @@ impl From<ControlError> for StartError {
 }
 
 impl CloudHypervisor {
-    async fn start(&self, api: &Api, spec: &VmSpec, vsock: &Path) -> Result<(), StartError> {
+    /// `landlock` counts where the machine is on the command line; the API is asked again within the same process.
+    async fn boot_within(&self, spec: &VmSpec, landlock: bool) -> Result<Box<dyn Vm>, BootError> {
+        let vsock = spec.run_dir.join(VSOCK);
+        let agent_path = spec.run_dir.join(format!("{VSOCK}_{VSOCK_PORT}"));
+        let agent = socket("agent", || {
+            let listener = bind_again(&agent_path)?;
+            listener.set_nonblocking(true)?;
+            UnixListener::from_std(listener)
+        })?;
+        let (api, api_fd) = socket("API", || api_socket(&spec.run_dir.join("api.sock"), spec.deadline))?;
+        let (events, events_fd) = socket("event", || {
+            let (ours, theirs) = StdStream::pair()?;
+            ours.set_nonblocking(true)?;
+            Ok((UnixStream::from_std(ours)?, OwnedFd::from(theirs)))
+        })?;
+        let fd = |fd| OsString::from(format!("fd={}", child::fd_number(fd)));
+        let mut args = vec!["--api-socket".into(), fd(&api_fd), "--event-monitor".into(), fd(&events_fd)];
+        let rung = spec.rung.on(Arch::HOST);
+        let own = self.own_rungs.contains(&rung);
+        let filter = if own {
+            let machine = own::arguments(spec, rung, &vsock, landlock);
+            args.extend(machine.map_err(|source| BootError::Control { program: self.program.clone(), source })?);
+            None
+        } else {
+            mask::filter(rung).map_err(BootError::Mask)?
+        };
+        let launch =
+            Launch { program: &self.program, args, fds: vec![api_fd, events_fd], cgroups: &spec.cgroups, filter };
+        let leash = Leash::new();
+        let listener = tokio::spawn(events::listen(events, leash.clone()));
+        // It ends by itself, and well, only after the guest powered off; it may not get to telling that.
+        let by_guest = |ended_well| async move { listener.await.unwrap_or(false) || ended_well };
+        let process = Process::start(launch, leash, by_guest)?;
+        match self.start(&api, spec, &vsock, own).await {
+            Ok(()) => Ok(Box::new(CloudHypervisorVm { process, agent, agent_path, _api: api })),
+            Err(StartError::Old(found)) => {
+                process.kill().await;
+                let needed = format!("{}.{}", OLDEST.0, OLDEST.1);
+                Err(BootError::Version { program: self.program.clone(), found, needed })
+            }
+            Err(StartError::Control(error)) => Err(process.gave_up(&self.program, error, advice).await),
+        }
+    }
+
+    async fn start(&self, api: &Api, spec: &VmSpec, vsock: &Path, described: bool) -> Result<(), StartError> {
         let (version, numbers) = machine::version(api).await?;
         if numbers < Some(OLDEST) {
             return Err(StartError::Old(version));
         }
-        Ok(machine::boot(api, spec, vsock).await?)
+        match described {
+            true => Ok(own::runs(api, spec.deadline).await?),
+            false => Ok(machine::boot(api, spec, vsock).await?),
+        }
     }
 }
 
@@ -157,6 +178,14 @@ impl Vm for CloudHypervisorVm {
 
 fn socket<T>(what: &'static str, make: impl FnOnce() -> io::Result<T>) -> Result<T, BootError> {
     make().map_err(|source| BootError::Socket { what, source })
+}
+
+/// Listens there, in the place of a machine that did not start.
+fn bind_again(path: &Path) -> io::Result<StdListener> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => StdListener::bind(path),
+    }
 }
 
 /// A connection that waits for the VMM to accept it, and the socket on which the VMM does so.

@@ -40,8 +40,19 @@ fn machine(landlock: bool) -> Value {
     machine
 }
 
+fn driver(program: impl Into<PathBuf>) -> CloudHypervisor {
+    CloudHypervisor { program: program.into(), own_rungs: BTreeSet::new() }
+}
+
 /// Has the driver start the machine on a server that expects these requests and gives these recorded answers.
 async fn replay(expected: Vec<(&'static str, Option<Value>, &'static str)>) -> Result<(), StartError> {
+    replay_on(false, expected).await
+}
+
+async fn replay_on(
+    described: bool,
+    expected: Vec<(&'static str, Option<Value>, &'static str)>,
+) -> Result<(), StartError> {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     let server = tokio::spawn(async move {
         for (line, body, answer) in expected {
@@ -53,8 +64,9 @@ async fn replay(expected: Vec<(&'static str, Option<Value>, &'static str)>) -> R
         }
         assert_eq!(theirs.read(&mut [0]).await.unwrap(), 0, "more was asked than expected");
     });
-    let driver = CloudHypervisor { program: "unused".into() };
-    let outcome = driver.start(&Api::new(ours, Duration::from_secs(30)), &spec(), Path::new("/run/pod/vsock")).await;
+    let api = Api::new(ours, Duration::from_secs(30));
+    let outcome = driver("unused").start(&api, &spec(), Path::new("/run/pod/vsock"), described).await;
+    drop(api);
     server.await.unwrap();
     outcome
 }
@@ -91,6 +103,59 @@ async fn a_kernel_without_landlock_gets_a_machine_without_it() {
         ("PUT /api/v1/vm.boot", None, "done"),
     ];
     assert!(replay(requests).await.is_ok());
+}
+
+/// A machine of the command line is asked for until it runs, and nothing is said to it.
+#[tokio::test]
+async fn a_machine_of_the_command_line_is_waited_for() {
+    let info = "GET /api/v1/vm.info";
+    let requests = vec![
+        ("GET /api/v1/vmm.ping", None, "ping"),
+        (info, None, "not_created"),
+        (info, None, "created"),
+        (info, None, "running"),
+    ];
+    assert!(replay_on(true, requests).await.is_ok());
+}
+
+/// Of programs that know both, one, or none of the options, and of one that takes everything.
+#[tokio::test]
+async fn a_program_is_asked_which_options_it_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let cases: [(&str, &[Rung]); 4] = [
+        ("", &[Rung::NoPmu, Rung::Aggressive]),
+        ("case $2 in *sve*) echo unknown option: sve >&2; exit 1;; esac", &[Rung::NoPmu]),
+        ("case $2 in *pmu*) echo unknown option: pmu >&2; exit 1;; esac", &[]),
+        ("echo $4; exit 0", &[]),
+    ];
+    for (script, expected) in cases {
+        let program = dir.path().join("vmm");
+        let refusal = "echo \"unable to convert ${4#size=} for size\" >&2; exit 1";
+        std::fs::write(&program, format!("#!/bin/sh\n{script}\n{refusal}\n")).unwrap();
+        std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let known = own_rungs(&program, Duration::from_secs(30)).await.unwrap();
+        assert_eq!(known, expected.iter().copied().collect(), "{script}");
+    }
+}
+
+/// Upstream's v53 has no such option: the error would be to believe that it had.
+#[tokio::test]
+async fn the_real_program_has_the_options_that_its_help_tells() {
+    let Some(driver) = program() else { return };
+    let help = std::process::Command::new(&driver.program).arg("--help").output().unwrap();
+    let told = String::from_utf8_lossy(&help.stdout).contains("pmu=");
+    let known = own_rungs(&driver.program, Duration::from_secs(30)).await.unwrap();
+    assert_eq!(known.contains(&Rung::NoPmu), told);
+}
+
+/// The command line makes the machine that the API makes.
+#[tokio::test]
+async fn the_real_program_takes_the_machine_on_its_command_line() {
+    let (Some(mut driver), Some(bench)) = (program(), Bench::new("sleep 1000").await) else { return };
+    // The standard rung adds no option, so that every build takes it.
+    driver.own_rungs = [Rung::Standard].into();
+    let vm = driver.boot(&bench.spec).await.unwrap();
+    vm.kill().await;
 }
 
 #[tokio::test]
@@ -136,7 +201,7 @@ async fn the_real_program_takes_the_machine_as_described() {
     let launch = Launch { program: &driver.program, args, fds: vec![api_fd], cgroups: &[], filter: None };
     let process = Process::start(launch, Leash::new(), |_| async { false }).unwrap();
     let vsock = bench.spec.run_dir.join(VSOCK);
-    if let Err(StartError::Control(error)) = driver.start(&api, &bench.spec, &vsock).await {
+    if let Err(StartError::Control(error)) = driver.start(&api, &bench.spec, &vsock, false).await {
         panic!("{error}; {:?}", process.ended().await);
     }
     let info = api.get("vm.info").await.unwrap();
@@ -182,7 +247,7 @@ async fn a_killed_vmm_is_noticed_and_a_dropped_one_is_gone() {
 #[tokio::test]
 async fn a_program_that_is_no_cloud_hypervisor_is_an_error_at_once() {
     let Some(bench) = Bench::new("").await else { return };
-    let error = CloudHypervisor { program: "/bin/false".into() }.boot(&bench.spec).await.err().unwrap();
+    let error = driver("/bin/false").boot(&bench.spec).await.err().unwrap();
     assert!(matches!(error, BootError::Died { .. }), "{error}");
 }
 
@@ -216,7 +281,7 @@ fn program() -> Option<CloudHypervisor> {
         skip(error.to_string());
         return None;
     }
-    Some(CloudHypervisor { program })
+    Some(driver(program))
 }
 
 async fn with_kvm() -> Option<CloudHypervisor> {
