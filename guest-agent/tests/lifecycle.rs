@@ -224,6 +224,19 @@ async fn deleting_kills_and_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn what_is_being_created_can_be_taken_back() {
+    need_root!();
+    let agent = Agent::start().await;
+    for _ in 0..5 {
+        let spec = agent.shell("true");
+        let (created, deleted) = tokio::join!(agent.create("c", &spec), agent.delete("c"));
+        created.unwrap();
+        deleted.unwrap();
+    }
+    assert_eq!(refusal(agent.delete("c").await).0, Code::NOT_FOUND);
+}
+
+#[tokio::test]
 async fn containers_outlive_a_session() {
     need_root!();
     let mut agent = Agent::start().await;

@@ -163,12 +163,24 @@ impl Containers {
         })
     }
 
+    /// The container with this id, if need be when its creation is over: a shim that got no answer in time takes back
+    /// what it asked for.
+    async fn created(&self, id: &str) -> Result<Arc<Container>, ContainerError> {
+        let wait = async {
+            while matches!(self.all().get(id), Some(None)) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let _ = tokio::time::timeout(Duration::from_secs(cgroup::PATIENCE), wait).await;
+        self.get(id)
+    }
+
     /// Kills what is left and forgets the container.
     ///
     /// # Errors
     /// If there is none, or something in it survives.
     pub async fn delete(&self, id: &str) -> Result<(), ContainerError> {
-        let container = self.get(id)?;
+        let container = self.created(id).await?;
         let _first = container.deleting.lock().await;
         // Somebody else may have deleted it meanwhile.
         self.get(id)?;

@@ -59,6 +59,12 @@ pub enum AgentError {
 }
 
 impl AgentError {
+    /// True where there was no answer, so that what was asked for may have been done, or may be yet.
+    #[must_use]
+    pub fn is_unknown(&self) -> bool {
+        matches!(self, Self::Lost { .. })
+    }
+
     /// True where the agent said that there is no such process, container or file.
     #[must_use]
     pub fn is_not_found(&self) -> bool {

@@ -222,20 +222,30 @@ impl Sandbox {
         let share = self.share.lock().await;
         let share = share.as_ref().ok_or(ContainerError::Stopped)?;
         let spec_json = add_root(share, new)?;
-        let created = self.agent.create_container(new.id, spec_json, new.stdio.clone()).await;
-        created.map_err(|e| {
-            share.remove_container(new.id);
-            ContainerError::Agent(e)
-        })
+        let error = match self.agent.create_container(new.id, spec_json, new.stdio.clone()).await {
+            Ok(streams) => return Ok(streams),
+            Err(e) => e,
+        };
+        if error.is_unknown() && self.gone.borrow().is_none() {
+            // The agent reads this after what it has not answered, be it after our patience.
+            self.forget(new.id).await;
+        }
+        share.remove_container(new.id);
+        Err(ContainerError::Agent(error))
+    }
+
+    async fn forget(&self, container: &str) {
+        if let Err(e) = self.agent.delete_container(container).await
+            && !e.is_not_found()
+        {
+            log::warn!("container {container}: {e}");
+        }
     }
 
     /// Takes a container out of the pod.
     pub async fn remove(&self, container: &str) {
-        if self.gone.borrow().is_none()
-            && let Err(e) = self.agent.delete_container(container).await
-            && !e.is_not_found()
-        {
-            log::warn!("container {container}: {e}");
+        if self.gone.borrow().is_none() {
+            self.forget(container).await;
         }
         if let Some(share) = self.share.lock().await.as_ref() {
             share.remove_container(container);

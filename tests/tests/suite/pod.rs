@@ -3,10 +3,11 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use chsnap_tests::{Env, IMAGE, Tools, eventually, http};
+use chsnap_tests::{Container, Env, IMAGE, Started, Tools, eventually, http, kill};
+use nix::sys::signal::Signal;
 
 crate::cases! {
-    Once: shared_cgroup, two_containers, longest_id;
+    Once: shared_cgroup, two_containers, second_too_late, longest_id;
 }
 
 /// The path of a cgroup is whatever the specification says: two containers may have the same one.
@@ -22,6 +23,13 @@ fn shared_cgroup(env: &Env) -> Result<()> {
     second.remove()
 }
 
+/// A further container of the pod.
+fn beside<'a>(env: &'a Env, first: &Started<'_>) -> Container<'a> {
+    env.container()
+        .annotation("io.kubernetes.cri.sandbox-id", &first.id)
+        .annotation("io.kubernetes.cri.container-type", "container")
+}
+
 /// A pod's second container comes into a machine that runs: what is closed for writing has to be closed there too.
 fn two_containers(env: &Env) -> Result<()> {
     let first = env.container().sh("echo up; sleep 1000").start()?;
@@ -30,13 +38,7 @@ fn two_containers(env: &Env) -> Result<()> {
     fs::create_dir(&volume)?;
     fs::write(volume.join("word"), "secret\n")?;
     let mount = format!("type=bind,src={},dst=/mnt/volume,options=rbind:ro", volume.display());
-    let second = env
-        .container()
-        .annotation("io.kubernetes.cri.sandbox-id", &first.id)
-        .annotation("io.kubernetes.cri.container-type", "container")
-        .flags(["--read-only", "--mount", &mount])
-        .sh("echo up; sleep 1000")
-        .start()?;
+    let second = beside(env, &first).flags(["--read-only", "--mount", &mount]).sh("echo up; sleep 1000").start()?;
     second.wait_log("up")?;
     ensure!(env.processes(env.vmm_name()).len() == 1, "{:?}", env.processes(env.vmm_name()));
     ensure!(second.sh("cat /mnt/volume/word")? == "secret");
@@ -50,6 +52,25 @@ fn two_containers(env: &Env) -> Result<()> {
     second.exec(["sh", "-c", "exit 4"]).output()?.code(4)?;
     second.remove()?;
     ensure!(first.sh("echo still here")? == "still here");
+    first.remove()
+}
+
+/// A second container that was not created in time is none, in the guest neither: its name can be used again.
+fn second_too_late(env: &Env) -> Result<()> {
+    let started = env.container().settings(|s| s.set("deadlines", "agent_call", "\"3s\"")).sh("echo up; sleep 1000");
+    let first = started.start()?;
+    first.wait_log("up")?;
+    let vmm = env.process(env.vmm_name())?.pid;
+    let second = || beside(env, &first).id("late").command(["echo", "in time"]);
+    kill(vmm, Signal::SIGSTOP)?;
+    let late = second().run()?.start()?;
+    // Between the two deadlines: that of the creation, and that of taking it back.
+    std::thread::sleep(Duration::from_millis(4500));
+    kill(vmm, Signal::SIGCONT)?;
+    let output = late.output()?;
+    ensure!(output.code != 0 && output.stderr.contains("did not answer CreateContainer"), "{}", output.whole());
+    let output = second().output()?.success()?;
+    ensure!(output.text() == "in time\n", "{}", output.whole());
     first.remove()
 }
 
