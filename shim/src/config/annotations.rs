@@ -3,7 +3,8 @@
 
 use std::collections::HashMap;
 
-use super::{AnnotationError, Expose, MIN_MEMORY, Ready, Size, VmmChoice, VmmConfig, error::hint};
+use super::{AnnotationError, Expose, MIN_MEMORY, Ready, Shape, Size, VmmChoice, VmmConfig, error::hint};
+use crate::vmm::VmmKind;
 
 const PREFIX: &str = "io.chsnap.";
 
@@ -81,6 +82,32 @@ impl Overrides {
         VmmConfig { choice: self.vmm.unwrap_or(config.choice), ..config.clone() }
     }
 
+    /// Refuses what these, of a pod's further container, want otherwise than `pod` has it, whose machine runs. In
+    /// Kubernetes containers inherit their pod's annotations, so what is the same says nothing new.
+    pub fn fit(&self, pod: &Self, shape: Shape, vmm: VmmKind) -> Result<(), AnnotationError> {
+        let refused = |name, value: String, has: String| {
+            let message = format!(
+                "the pod's VM has {has}, and a further container does not change that: set it on the pod (sandbox)"
+            );
+            Err(AnnotationError::Value { name, value, message })
+        };
+        if let Some(vcpus) = self.vcpus.filter(|vcpus| *vcpus != shape.vcpus) {
+            return refused(Annotations::VCPUS, vcpus.to_string(), shape.vcpus.to_string());
+        }
+        if let Some(memory) = self.memory.filter(|memory| memory.as_mib() != shape.memory_mib) {
+            return refused(Annotations::MEMORY, memory.to_string(), Size::mib(shape.memory_mib).to_string());
+        }
+        if let Some(choice) = self.vmm.filter(|choice| choice.excludes(vmm)) {
+            return refused(Annotations::VMM, choice.to_string(), vmm.to_string());
+        }
+        if self.expose.iter().any(|expose| !pod.expose.contains(expose)) {
+            let list = |all: &[Expose]| all.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+            let has = if pod.expose.is_empty() { "none".into() } else { list(&pod.expose) };
+            return refused(Annotations::EXPOSE, list(&self.expose), has);
+        }
+        Ok(())
+    }
+
     fn take(&mut self, name: &str, value: &str) -> Result<(), String> {
         match name {
             Annotations::VCPUS => {
@@ -145,6 +172,35 @@ mod tests {
         };
         assert_eq!(overrides, expected);
         assert_eq!(parse(&[]).unwrap(), Overrides::default());
+    }
+
+    #[test]
+    fn a_further_container_may_repeat_its_pod_s_annotations_and_no_others() {
+        let pod = parse(&[("io.chsnap.vcpus", "2"), ("io.chsnap.expose", "8080, 127.0.0.1:18080:80")]).unwrap();
+        let shape = Shape { vcpus: 2, memory_mib: 512 };
+        let fit = |name, value| {
+            let result = parse(&[(name, value)]).unwrap().fit(&pod, shape, VmmKind::Qemu);
+            result.map_err(|error| error.to_string())
+        };
+        let all = [
+            ("io.chsnap.vcpus", "2", "4", "2"),
+            ("io.chsnap.memory", "512MiB", "1GiB", "512MiB"),
+            ("io.chsnap.memory", "524288KiB", "256MiB", "512MiB"),
+            ("io.chsnap.vmm", "auto", "cloud-hypervisor", "qemu"),
+            ("io.chsnap.vmm", "qemu", "cloud-hypervisor", "qemu"),
+            ("io.chsnap.expose", "127.0.0.1:18080:80,8080", "8080,9090", "8080,127.0.0.1:18080:80"),
+        ];
+        for (name, same, other, has) in all {
+            assert_eq!(fit(name, same), Ok(()), "{name}");
+            let expected = format!(
+                "annotation {name} = \"{other}\": the pod's VM has {has}, and a further container does not change that: set \
+                 it on the pod (sandbox)"
+            );
+            assert_eq!(fit(name, other), Err(expected));
+        }
+        assert_eq!(Overrides::default().fit(&pod, shape, VmmKind::Qemu), Ok(()));
+        let error = pod.fit(&Overrides::default(), shape, VmmKind::Qemu).unwrap_err().to_string();
+        assert!(error.contains("the pod's VM has none"), "{error}");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use serde::{
     de::{MapAccess, Visitor, value::MapAccessDeserializer},
 };
 
-use crate::vmm::Rung;
+use crate::vmm::{Rung, VmmKind};
 
 /// `[vmm]`
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -42,6 +42,15 @@ impl VmmChoice {
     /// The choice of that name.
     pub fn from_name(name: &str) -> Option<Self> {
         [Self::Auto, Self::CloudHypervisor, Self::Qemu].into_iter().find(|choice| choice.name() == name)
+    }
+
+    /// Whether that VMM is another than this choice allows.
+    pub fn excludes(self, kind: VmmKind) -> bool {
+        match self {
+            Self::Auto => false,
+            Self::CloudHypervisor => kind != VmmKind::CloudHypervisor,
+            Self::Qemu => kind != VmmKind::Qemu,
+        }
     }
 
     fn name(self) -> &'static str {

@@ -27,7 +27,7 @@ pub use plan::{Division, Plan, PlanError};
 use crate::{
     agent::Agent,
     cgroup::Cgroup,
-    config::{Config, Overrides, Shape},
+    config::{AnnotationError, Config, Overrides, Shape},
     program::{Freshness, Scout},
     share::{self, Content, RootMount, Share, Virtiofsd},
     vmm::{self, Vm, VmSpec},
@@ -74,6 +74,7 @@ pub struct Sandbox {
     vm: Arc<dyn Vm>,
     driver: (vmm::VmmKind, vmm::Accelerator),
     shape: Shape,
+    overrides: Overrides,
     share: Mutex<Option<Share>>,
     cgroup: Mutex<Cgroup>,
     exposed: Arc<Mutex<Option<Exposed>>>,
@@ -154,6 +155,7 @@ impl Sandbox {
             vm,
             driver,
             shape: request.shape,
+            overrides: request.overrides.clone(),
             share: Mutex::new(parts.share.take()),
             cgroup: Mutex::new(std::mem::take(&mut parts.cgroup)),
             exposed,
@@ -295,10 +297,12 @@ impl Sandbox {
         self.driver
     }
 
-    /// vCPUs and memory.
-    #[must_use]
-    pub fn shape(&self) -> Shape {
-        self.shape
+    /// Refuses what a further container wants otherwise than the pod has it.
+    ///
+    /// # Errors
+    /// Which annotation that is.
+    pub fn accepts(&self, overrides: &Overrides) -> Result<(), AnnotationError> {
+        overrides.fit(&self.overrides, self.shape, self.driver.0)
     }
 
     /// The pod's directory.

@@ -98,6 +98,7 @@ impl Service {
             return Err(TaskError::Exists { what: "container", id: new.id.into() });
         }
         if let Some(sandbox) = slot.as_ref() {
+            sandbox.accepts(request.overrides)?;
             let streams = sandbox.add(new).await?;
             return Ok((streams, Arc::clone(sandbox)));
         }

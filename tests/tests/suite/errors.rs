@@ -11,13 +11,13 @@ use crate::{
         foreign_pid_namespace, host_device, host_ipc, host_network, host_pid, id_too_long, mount_type, oci_hooks,
         user_namespace,
     },
-    errors_host::pod_exists,
+    errors_host::{annotation_of_pod, pod_exists},
     share::Tmpfs,
 };
 
 crate::errors! {
     config_missing, config_directory, config_relative, config_syntax, config_unknown_key, config_unknown_table,
-    config_bad_value, config_out_of_range, config_relative_value, annotation_unknown, annotation_value,
+    config_bad_value, config_out_of_range, config_relative_value, annotation_unknown, annotation_value, annotation_of_pod,
     snapshot_required, vcpus_too_many, memory_too_large, limit_too_large,
     host_network, host_pid, host_ipc, host_device, foreign_pid_namespace, user_namespace, oci_hooks, mount_type,
     log_binary, bind_source_missing, cgroup_path, state_dir_unusable, state_dir_full, id_too_long, pod_exists, port_busy, kvm_wanted,

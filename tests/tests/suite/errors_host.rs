@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use chsnap_tests::{Containerd, Env, IMAGE, Tools, Version, http};
 
-use crate::errors::{A_BOOT, failed};
+use crate::errors::{A_BOOT, AT_ONCE, failed};
 
 /// Two containerds that share a state directory, each with a pod of that namespace and name.
 pub fn pod_exists(env: &Env) -> Result<String> {
@@ -23,6 +23,21 @@ pub fn pod_exists(env: &Env) -> Result<String> {
     let socket = started.pod_dir().join("8080.sock");
     let (status, _) = http::request(&mut *http::unix(&socket)?, "GET", "/healthz", b"")?;
     ensure!(status == 200 && started.pod_dir().join("state.json").exists(), "{status}");
+    ensure!(started.sh("echo still here")? == "still here");
+    started.remove()?;
+    Ok(message)
+}
+
+/// What makes the VM is the pod's; a further container may only repeat it.
+pub fn annotation_of_pod(env: &Env) -> Result<String> {
+    let started = env.container().annotation("io.chsnap.expose", "8080").sh("echo up; sleep 1000").start()?;
+    started.wait_log("up")?;
+    let beside = || env.container().annotation("io.kubernetes.cri.sandbox-id", &started.id);
+    let ports = failed(beside().annotation("io.chsnap.expose", "9090").command(["true"]).output()?, AT_ONCE)?;
+    ensure!(ports.contains("io.chsnap.expose = \"9090\": the pod's VM has 8080"), "{ports}");
+    let message = failed(beside().annotation("io.chsnap.memory", "1GiB").command(["true"]).output()?, AT_ONCE)?;
+    let same = beside().annotation("io.chsnap.expose", "8080").annotation("io.chsnap.vcpus", "1");
+    same.command(["true"]).output()?.success()?;
     ensure!(started.sh("echo still here")? == "still here");
     started.remove()?;
     Ok(message)
