@@ -11,7 +11,7 @@ use crate::{
         foreign_pid_namespace, host_device, host_ipc, host_network, host_pid, id_too_long, mount_type, oci_hooks,
         user_namespace,
     },
-    errors_host::{annotation_of_pod, pod_exists},
+    errors_host::{annotation_of_pod, pod_exists, shim_killed},
     share::Tmpfs,
 };
 
@@ -23,7 +23,7 @@ crate::errors! {
     log_binary, bind_source_missing, cgroup_path, state_dir_unusable, state_dir_full, id_too_long, pod_exists, port_busy, kvm_wanted,
     vmm_missing, vmm_false, vmm_old, vmm_hangs, virtiofsd_missing, virtiofsd_false, virtiofsd_old, virtiofsd_of_qemu, virtiofsd_ends,
     kernel_missing, kernel_wrong, initramfs_missing, initramfs_wrong, init_fails, guest_panics, guest_hangs,
-    guest_crashes, vmm_killed, virtiofsd_killed, agent_silent,
+    guest_crashes, vmm_killed, virtiofsd_killed, shim_killed, agent_silent,
     program_missing, exec_missing, exec_stopped, exec_twice, kill_finished,
 }
 

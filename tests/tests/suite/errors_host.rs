@@ -3,9 +3,13 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use chsnap_tests::{Containerd, Env, IMAGE, Tools, Version, http};
+use chsnap_tests::{Containerd, Env, IMAGE, Tools, Version, eventually, http, kill};
+use nix::sys::signal::Signal;
 
-use crate::errors::{A_BOOT, AT_ONCE, failed};
+use crate::{
+    errors::{A_BOOT, AT_ONCE, failed},
+    events::{Event, follow},
+};
 
 /// Two containerds that share a state directory, each with a pod of that namespace and name.
 pub fn pod_exists(env: &Env) -> Result<String> {
@@ -40,5 +44,23 @@ pub fn annotation_of_pod(env: &Env) -> Result<String> {
     same.command(["true"]).output()?.success()?;
     ensure!(started.sh("echo still here")? == "still here");
     started.remove()?;
+    Ok(message)
+}
+
+/// Nobody is left to say anything in the container's output. containerd tells the end, and knows no such task any more;
+/// that the name can be used again, too, is `restart::shim_killed`.
+pub fn shim_killed(env: &Env) -> Result<String> {
+    let container = env.container().annotation("io.chsnap.expose", "8080").sh("echo up; sleep 1000");
+    let mut events = follow(env, &container.id)?;
+    let started = container.start()?;
+    started.wait_log("up")?;
+    kill(env.process("containerd-shim-chsnap")?.pid, Signal::SIGKILL)?;
+    let exits: Vec<Event> = events("/tasks/exit")?.into_iter().filter(|e| e.topic == "/tasks/exit").collect();
+    ensure!(exits.len() == 1 && exits[0].content["exit_status"] == 137, "{exits:?}");
+    let unlisted = eventually(Duration::from_secs(10), || env.ctr().status(&started.id).ok()?.is_none().then_some(()));
+    ensure!(unlisted.is_some(), "`ctr task ls` still shows it");
+    let message = failed(env.ctr().output(["task", "kill", &started.id])?, AT_ONCE)?;
+    env.ctr().text(["container", "rm", &started.id])?;
+    started.forget();
     Ok(message)
 }

@@ -18,13 +18,13 @@ crate::cases! {
 
 /// A task event.
 #[derive(Debug)]
-struct Event {
-    topic: String,
-    content: Value,
+pub struct Event {
+    pub topic: String,
+    pub content: Value,
 }
 
 /// Follows `ctr events` until `last` of them of this container have come, and a little longer.
-fn follow<'a>(env: &'a Env, id: &str) -> Result<impl FnMut(&str) -> Result<Vec<Event>> + 'a> {
+pub fn follow<'a>(env: &'a Env, id: &str) -> Result<impl FnMut(&str) -> Result<Vec<Event>> + 'a> {
     let mut running = env.ctr().run(["events"]).limit(Duration::from_secs(120)).start()?;
     let stdout = running.child.stdout.take().context("no stdout")?;
     let (tell, told) = mpsc::channel();
