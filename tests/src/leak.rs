@@ -116,14 +116,16 @@ fn foreign_mounts(dir: &Path) -> Vec<String> {
 /// Sockets of our containers' shims. Those of others come and go beside us.
 fn sockets(containerd: &Containerd) -> Vec<String> {
     let ids = IDS.lock().unwrap_or_else(PoisonError::into_inner);
-    let names = ids.iter().map(|id| {
-        // The name that containerd and its shims agree on.
-        let hashed = containerd.run.join("c.sock").join(&containerd.namespace).join(id);
-        let digest = Sha256::digest(hashed.as_os_str().as_encoded_bytes());
-        digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>()
-    });
-    let paths = names.map(|name| Path::new(SHIM_SOCKETS).join(name));
+    let paths = ids.iter().map(|id| shim_socket(containerd, id));
     paths.filter(|p| p.exists()).map(|p| format!("socket {}", p.display())).collect()
+}
+
+/// Where containerd and the shim of that name meet.
+pub(crate) fn shim_socket(containerd: &Containerd, id: &str) -> PathBuf {
+    let hashed = containerd.run.join("c.sock").join(&containerd.namespace).join(id);
+    let digest = Sha256::digest(hashed.as_os_str().as_encoded_bytes());
+    let name: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    Path::new(SHIM_SOCKETS).join(name)
 }
 
 fn children(dir: &Path) -> Vec<PathBuf> {

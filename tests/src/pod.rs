@@ -13,8 +13,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use containerd_shim_protos::shim_sync::{Client, TaskClient};
 
-use crate::{Containerd, Ctr, Output, Process, Run, Settings, Tools, patience, proc};
+use crate::{Containerd, Ctr, Output, Process, Run, Settings, Tools, leak, patience, proc};
 
 /// The demo image.
 pub const IMAGE: &str = "localhost/chsnap/python-demo:latest";
@@ -311,6 +312,12 @@ impl<'a> Started<'a> {
     pub fn wait_log(&self, text: &str) -> Result<()> {
         let found = crate::eventually(Duration::from_secs(30), || self.log().contains(text).then_some(()));
         found.with_context(|| format!("{} never printed {text:?}, but: {}", self.id, self.log()))
+    }
+
+    /// Its shim, spoken to as containerd does, for what `ctr` has no word for.
+    pub fn shim(&self) -> Result<TaskClient> {
+        let socket = leak::shim_socket(&self.env.daemon, &self.id);
+        Ok(TaskClient::new(Client::connect(&format!("unix://{}", socket.display()))?))
     }
 
     /// The pod's directory on the host.

@@ -66,7 +66,7 @@ impl Service {
         Ok(process.pid())
     }
 
-    /// From its creation on, a process has somebody who tells its end.
+    /// From its creation on, a process has somebody who notices its end.
     pub(super) fn watch_created(&self, process: &Arc<Process>, sandbox: &Arc<Sandbox>) {
         self.watchers.add(watch_created(Arc::clone(&self.events), Arc::clone(process), Arc::clone(sandbox)));
     }
@@ -116,6 +116,11 @@ impl Service {
         let turn = process.turn.lock().await;
         match process.life() {
             Life::Stopped(_) => return Err(TaskError::Finished),
+            Life::Created if !process.exec.is_empty() => {
+                // As in containerd's runc shim: only what has been started can be signalled, and has an end to tell.
+                let (what, id) = what(process);
+                return Err(TaskError::State { what, id, state: "has not been started" });
+            }
             Life::Created => {
                 // Nothing runs yet that could handle the signal, so it does what it does by default.
                 let exit = Exit::now(128 + signal);
@@ -226,14 +231,15 @@ fn ends_by_default(signal: u32) -> bool {
     signal != 0 && OTHERS.iter().all(|other| *other as u32 != signal)
 }
 
-/// Tells the end of a process whose machine goes before it was started.
+/// Ends a process whose machine goes before it was started.
 async fn watch_created(events: Arc<Events>, process: Arc<Process>, sandbox: Arc<Sandbox>) {
     let mut gone = sandbox.gone();
     tokio::select! {
         () = process.left_created() => {}
         why = settled(&mut gone) => {
             let exit = Exit::now(KILLED);
-            if process.stopped(exit.clone()) {
+            // An exec that was not started never began, so its end is no event.
+            if process.stopped(exit.clone()) && process.exec.is_empty() {
                 let why = why.unwrap_or_default();
                 log::error!("container {}: the pod's VM is gone before the start: {why}", process.container);
                 tell_exit(&events, &process, &exit).await;

@@ -15,7 +15,7 @@ use containerd_shim_protos::{
     ttrpc::r#async::TtrpcContext,
 };
 
-use super::{Exit, Life, Service, TaskError, stats};
+use super::{Life, Service, TaskError, stats};
 
 type Answer<T> = ttrpc::Result<T>;
 
@@ -123,11 +123,8 @@ impl Task for Api {
             } else {
                 service.delete_exec(&container, &request.exec_id).await?
             };
-            let exit = match process.life() {
-                Life::Stopped(exit) => exit,
-                // Deleted without ever having been started.
-                _ => Exit::now(0),
-            };
+            // What is deleted has ended, if only by that.
+            let exit = process.wait().await;
             if request.exec_id.is_empty() {
                 let mut event = TaskDelete::new();
                 event.container_id = container.id.clone();

@@ -9,10 +9,16 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use chsnap_tests::{Env, Started};
+use containerd_shim_protos::{
+    api::{DeleteRequest, ExecProcessRequest, KillRequest},
+    protobuf::well_known_types::any::Any,
+    ttrpc::{self, context::with_duration},
+};
 use serde_json::Value;
 
 crate::cases! {
     Everywhere: in_order, killed;
+    Likewise: execs_that_never_ran;
     Vms: out_of_memory;
 }
 
@@ -133,5 +139,35 @@ fn out_of_memory(env: &Env) -> Result<()> {
     let expected = ["/tasks/create", "/tasks/start", "/tasks/oom", "/tasks/exit", "/tasks/delete"];
     ensure!(topics(&events) == expected, "{events:?}");
     ensure!(events[3].content["exit_status"] == 137, "{events:?}");
+    Ok(())
+}
+
+/// An exec that was only created has no end that could be told, whether it is deleted or goes with its container.
+fn execs_that_never_ran(env: &Env) -> Result<()> {
+    let container = env.container().sh("echo up; sleep 1000");
+    let mut events = follow(env, &container.id)?;
+    let started = container.start()?;
+    started.wait_log("up")?;
+    let shim = started.shim()?;
+    let soon = || with_duration(Duration::from_secs(20));
+    for exec in ["deleted", "left"] {
+        let mut spec = Any::new();
+        spec.value = br#"{"args": ["true"], "cwd": "/", "user": {"uid": 0, "gid": 0}}"#.to_vec();
+        let (id, exec_id) = (started.id.clone(), exec.into());
+        shim.exec(soon(), &ExecProcessRequest { id, exec_id, spec: Some(spec).into(), ..Default::default() })?;
+    }
+    let (id, exec_id) = (started.id.clone(), "left".to_owned());
+    let refused = shim.kill(soon(), &KillRequest { id, exec_id, signal: 9, ..Default::default() });
+    let Err(ttrpc::Error::RpcStatus(status)) = refused else { bail!("{refused:?}") };
+    ensure!(status.code() == ttrpc::Code::FAILED_PRECONDITION, "{status:?}");
+    let (id, exec_id) = (started.id.clone(), "deleted".to_owned());
+    let deleted = shim.delete(soon(), &DeleteRequest { id, exec_id, ..Default::default() })?;
+    ensure!((deleted.exit_status, deleted.pid) == (0, 0), "{deleted:?}");
+    started.remove()?;
+    let events = events("/tasks/delete")?;
+    let of_execs: Vec<&Event> =
+        events.iter().filter(|e| ["deleted", "left"].iter().any(|exec| e.content["id"] == *exec)).collect();
+    ensure!(of_execs.is_empty(), "{of_execs:?}");
+    ensure!(topics(&events).iter().filter(|t| **t == "/tasks/exit").count() == 1, "{events:?}");
     Ok(())
 }
