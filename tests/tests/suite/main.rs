@@ -27,6 +27,7 @@ mod lifecycle;
 mod metrics;
 mod pod;
 mod restart;
+mod rung;
 mod share;
 mod signals;
 mod sizes;
@@ -103,7 +104,7 @@ fn trials() -> Vec<Trial> {
 }
 
 fn all() -> impl Iterator<Item = (&'static str, Case)> {
-    let topics: [(&str, Vec<Case>); 13] = [
+    let topics: [(&str, Vec<Case>); 14] = [
         ("lifecycle", lifecycle::CASES.to_vec()),
         ("stdio", stdio::CASES.to_vec()),
         ("exec", exec::CASES.to_vec()),
@@ -117,6 +118,7 @@ fn all() -> impl Iterator<Item = (&'static str, Case)> {
         ("errors", errors::CASES.to_vec()),
         ("image", image::CASES.to_vec()),
         ("sizes", sizes::CASES.to_vec()),
+        ("rung", rung::CASES.to_vec()),
     ];
     topics.into_iter().flat_map(|(topic, cases)| cases.into_iter().map(move |case| (topic, case)))
 }
