@@ -11,7 +11,7 @@ help:
 	@echo 'make bench      measure; writes target/bench.json'
 	@echo 'make build      shim, chsnap, agent and guest; ARCH=arm64 for the other architecture'
 	@echo 'make node       a shell in an emulated machine with KVM; ARCH=amd64|arm64 CPU=model RUN=command'
-	@echo 'make test-node  the integration tests in it, on real KVM; ARCH=amd64|arm64'
+	@echo 'make test-node  the integration tests in it, on real KVM; ARCH=amd64|arm64 TESTS=filters'
 	@echo 'make install    DESTDIR= PREFIX=/usr/local'
 	@echo 'make clean      remove everything that was made'
 
@@ -42,7 +42,7 @@ node:
 	@hack/node.sh
 
 test-node:
-	@hack/node.sh test
+	@hack/node.sh test $(TESTS)
 
 install:
 	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' hack/install.sh
