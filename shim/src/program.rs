@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::timeout;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt},
+    time::timeout,
+};
 
 use crate::{
     child,
@@ -27,6 +30,9 @@ pub enum Freshness {
 
 /// Where findings are kept, in the state directory.
 const MEMORY: &str = "host.json";
+
+/// Of what a program says about its version, bytes.
+const MOST: u64 = 8 << 10;
 
 /// Looks at what a host has.
 #[derive(Debug)]
@@ -73,11 +79,20 @@ impl Scout {
 
 async fn ask_version(program: &Path, read: fn(&str) -> Option<String>) -> Result<String, String> {
     let text = |error: std::io::Error| error.to_string();
-    let child = child::command(program, &[], vec![]).map_err(text)?.arg("--version").spawn().map_err(text)?;
-    let said = child.wait_with_output().await.map_err(text)?;
-    let first = |stream: &[u8]| String::from_utf8_lossy(stream).lines().next().unwrap_or_default().to_owned();
-    let version = read(&first(&said.stdout));
-    version.ok_or_else(|| format!("{}; {:?} {:?}", said.status, first(&said.stdout), first(&said.stderr)))
+    let mut child = child::command(program, &[], vec![]).map_err(text)?.arg("--version").spawn().map_err(text)?;
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    let (stdout, stderr) = tokio::try_join!(first_line(stdout), first_line(stderr)).map_err(text)?;
+    let status = child.wait().await.map_err(text)?;
+    read(&stdout).ok_or_else(|| format!("{status}; {stdout:?} {stderr:?}"))
+}
+
+/// Reads to the end, but of a program that never stops talking no more than a version takes.
+async fn first_line(stream: Option<impl AsyncRead + Unpin>) -> std::io::Result<String> {
+    let mut said = Vec::new();
+    if let Some(stream) = stream {
+        stream.take(MOST).read_to_end(&mut said).await?;
+    }
+    Ok(String::from_utf8_lossy(&said).lines().next().unwrap_or_default().to_owned())
 }
 
 /// The first word that looks like a version, without a `v` before it.
@@ -154,6 +169,14 @@ mod tests {
         assert_eq!(fs::read_to_string(dir.path().join("asked")).unwrap(), "asked\n");
         scout(dir.path(), Freshness::Now, patience).version(&path, version_in).await.unwrap();
         assert_eq!(fs::read_to_string(dir.path().join("asked")).unwrap(), "asked\nasked\n");
+    }
+
+    #[tokio::test]
+    async fn a_program_that_never_stops_talking_is_understood() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = program(dir.path(), "yes", "exec yes v53.0");
+        let mut scout = scout(dir.path(), Freshness::Now, Duration::from_secs(20));
+        assert_eq!(scout.version(&path, version_in).await.as_deref(), Ok("53.0"));
     }
 
     #[tokio::test]
