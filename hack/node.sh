@@ -74,7 +74,7 @@ boot() {
   deadline=$((SECONDS + START_TIMEOUT))
   setsid python3 "$ROOT/hack/node/machine.py" --arch "$ARCH" --state "$STATE" --sockets "$SOCKETS" \
     --qemu "$QEMU" --virtiofsd "$BIN/virtiofsd" --cpu "$CPU" --cpus "$CPUS" --memory "$MEMORY" \
-    --kernel "$KERNEL" --initrd "$STATE/initramfs" --cache auto --with "${1:-0}" \
+    --kernel "$KERNEL" --initrd "$STATE/initramfs" --cache always --with "${1:-0}" \
     --append "console=$CONSOLE quiet panic=-1 mitigations=off cryptomgr.notests node.project=$ROOT node.target=$TARGET node.out=$OUT ${APPEND:-}" \
     --share "root:ro:$SHARED_ROOT" --share "project:ro:$ROOT" --share "target:ro:$SHARED_TARGET" --share "out:rw:$OUT" \
     </dev/null >"$STATE/keeper.log" 2>&1 9>&- &
