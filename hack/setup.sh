@@ -59,9 +59,10 @@ unpack_rust() {
   fetch_debs "$(codename)" "$(host_arch)" "$dir" deps cargo-web rustc-web rustfmt-web rust-web-clippy
   lib=$dir/usr/lib/$(multiarch "$(host_arch)")
   mkdir -p "$dir/bin"
+  # Not plain sh, which drops variables such as cargo's CARGO_BIN_EXE_some-program.
   for program in "$dir"/usr/bin/{cargo,rustc,rustdoc,rustfmt,cargo-fmt,cargo-clippy,clippy-driver}; do
     cat >"$dir/bin/${program##*/}" <<WRAPPER
-#!/bin/sh
+#!/bin/bash
 export LD_LIBRARY_PATH="$dir/usr/lib:$lib:$dir/lib/${lib##*/}\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}"
 exec "$program" "\$@"
 WRAPPER
