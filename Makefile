@@ -2,16 +2,19 @@
 DESTDIR ?=
 PREFIX ?= /usr/local
 
-.PHONY: help setup build image demo test check bench install clean node test-node
+.PHONY: help setup build image demo test check bench install clean node test-node test-matrix
 
 help:
 	@echo 'make demo       run a Python service as a microVM on a private containerd, and take it down again'
 	@echo 'make test       set up, build, run every test'
 	@echo 'make check      format, lints, licences, shell scripts'
 	@echo 'make bench      measure; writes target/bench.json'
+	@echo 'make setup      what a build needs; make image: a Debian root with Python, as an image and as a tar'
 	@echo 'make build      shim, chsnap, agent and guest; ARCH=arm64 for the other architecture'
 	@echo 'make node       a shell in an emulated machine with KVM; ARCH=amd64|arm64 CPU=model RUN=command'
 	@echo 'make test-node  the integration tests in it, on real KVM; ARCH=amd64|arm64 TESTS=filters'
+	@echo '                CHSNAP_CLOUD_HYPERVISOR_AMD64=, _ARM64= binaries of Cloud Hypervisor; PATIENCE=4 NAME='
+	@echo 'make test-matrix  test-node on both, which takes hours; writes docs/matrix.md'
 	@echo 'make install    DESTDIR= PREFIX=/usr/local'
 	@echo 'make clean      remove everything that was made'
 
@@ -43,6 +46,10 @@ node:
 
 test-node:
 	@hack/node.sh test $(TESTS)
+
+# The second is run whatever becomes of the first.
+test-matrix:
+	@status=0; for arch in arm64 amd64; do ARCH=$$arch hack/node.sh test $(TESTS) || status=1; done; exit $$status
 
 install:
 	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' hack/install.sh

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Makes target/image/python.tar: an OCI archive with Debian's Python and deploy/demo/app.py, for
-# `ctr images import`; for another architecture, ARCH=arm64, it is target/image-arm64/python.tar. No registry is needed; the packages come from the machine's own mirror.
+# `ctr images import`; for another architecture, ARCH=arm64, it is target/image-arm64/python.tar. No registry is
+# needed; the packages come from the machine's own mirror.
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "$0")/lib.sh"

@@ -7,6 +7,7 @@ set -euo pipefail
 DESTDIR=${DESTDIR:-}
 PREFIX=${PREFIX:-/usr/local}
 case $PREFIX in /*) ;; *) die "PREFIX=$PREFIX must be an absolute path" ;; esac
+[ "${ARCH:-$(host_arch)}" = "$(host_arch)" ] || die "ARCH=$ARCH: only what was built for this machine ($(host_arch)) is installed"
 ARCH=$(host_arch)
 GUEST=$TARGET/guest/$ARCH
 KERNEL=$GUEST/vmlinux
@@ -26,7 +27,10 @@ if [ -x "$BIN/virtiofsd" ]; then
   virtiofsd=$LIB/virtiofsd
   install -D -m 755 "$BIN/virtiofsd" "$DESTDIR$virtiofsd"
 fi
-install -D -m 644 -t "$DESTDIR$PREFIX/share/doc/chsnap" "$ROOT/README.md" "$ROOT/LICENSE"
+install -D -m 644 -t "$DESTDIR$PREFIX/share/doc/chsnap" "$ROOT"/{README,CHANGELOG,SECURITY}.md "$ROOT/LICENSE"
+(cd "$ROOT" && find docs deploy -type f) | while read -r file; do
+  install -D -m 644 "$ROOT/$file" "$DESTDIR$PREFIX/share/doc/chsnap/$file"
+done
 
 config=$DESTDIR/etc/chsnap/config.toml
 new=$config

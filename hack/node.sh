@@ -79,6 +79,8 @@ boot() {
     --share "root:ro:$SHARED_ROOT" --share "project:ro:$ROOT" --share "target:ro:$SHARED_TARGET" --share "out:rw:$OUT" \
     </dev/null >"$STATE/keeper.log" 2>&1 9>&- &
   pid=$!
+  # Whoever gives up waiting leaves nothing that nobody asked for any more.
+  trap 'kill -TERM "$pid" 2>/dev/null; exit 130' INT TERM
   until client ping --timeout 1 2>/dev/null; do
     if ! kill -0 "$pid" 2>/dev/null; then
       show_console
@@ -91,6 +93,7 @@ boot() {
     fi
     sleep 0.2
   done
+  trap - INT TERM
   say "the $ARCH node is up after $((SECONDS - deadline + START_TIMEOUT)) s"
 }
 

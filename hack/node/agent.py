@@ -257,6 +257,9 @@ def ports():
 
 def main():
     ENVIRONMENT.update(p.split("=", 1) for p in sys.argv[1:] if "=" in p)
+    if target := ENVIRONMENT.get("CHSNAP_TARGET"):
+        ours = [f"{target}/{name}" for name in ["release", "tools/bin", "tools/containerd-2.1/bin"]]
+        ENVIRONMENT["PATH"] = ":".join([*ours, ENVIRONMENT["PATH"]])
     child = os.fork()
     if child == 0:
         os.setsid()

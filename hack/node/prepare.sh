@@ -9,6 +9,26 @@ NODE_MODULES_MORE=virtio_rng,tun,loop,erofs,vhost_net,vhost_vsock,vsock_loopback
 nf_tables,nft_compat,nft_chain_nat,nft_ct,nft_masq,nft_nat,xt_MASQUERADE,xt_nat,xt_addrtype,xt_comment,xt_conntrack,\
 xt_mark,xt_multiport,cls_u32,cls_matchall,act_mirred,sch_ingress
 
+# The project's programs for the node's architecture, built if they are missing, at the places below the node's
+# target/ where a build on such a machine would put them.
+node_programs() {
+  local triple release file
+  triple=$(rust_triple "$ARCH")
+  release=$TARGET/release
+  [ "$ARCH" = "$(host_arch)" ] || release=$TARGET/$triple/release
+  if [ ! -x "$release/containerd-shim-chsnap-v2" ] || [ ! -x "$release/chsnap" ] || [ ! -f "$TARGET/guest/$ARCH/initramfs" ]; then
+    ARCH=$ARCH "$ROOT/hack/build.sh"
+  fi
+  [ "$SHARED_TARGET" != "$TARGET" ] || return 0
+  mkdir -p "$SHARED_TARGET/release" "$SHARED_TARGET/guest/$ARCH" "$SHARED_TARGET/image" "$SHARED_TARGET/$triple/agent"
+  for file in release/containerd-shim-chsnap-v2 release/chsnap; do cp -u "$release/${file##*/}" "$SHARED_TARGET/$file"; done
+  for file in Image vmlinux initramfs busybox; do
+    [ ! -f "$TARGET/guest/$ARCH/$file" ] || cp -u "$TARGET/guest/$ARCH/$file" "$SHARED_TARGET/guest/$ARCH/"
+  done
+  cp -u "$TARGET/$triple/agent/chsnap-agent" "$SHARED_TARGET/$triple/agent/"
+  [ ! -f "$TARGET/image-$ARCH/python.tar" ] || cp -u "$TARGET/image-$ARCH/python.tar" "$SHARED_TARGET/image/"
+}
+
 # shellcheck disable=SC2034 # some are for node.sh
 prepare() {
   local want free
@@ -33,7 +53,10 @@ prepare() {
   fi
   if [ "$ARCH" != "$(host_arch)" ]; then
     "$ROOT/hack/node/userland.sh" "$ARCH" "$SHARED_ROOT" "$SHARED_TARGET"
+  elif [ ! -x "$TOOLS/containerd-2.1/bin/containerd" ] || [ ! -x "$BIN/runc" ]; then
+    "$ROOT/hack/setup.sh" containerd
   fi
+  node_programs
   [ -f "$KERNEL" ] || "$ROOT/hack/guest/build.sh" "$ARCH" kernel
   [ -x "$TARGET/guest/$ARCH/busybox" ] || "$ROOT/hack/guest/build.sh" "$ARCH" busybox
   mkdir -p "$STATE"

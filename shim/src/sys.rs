@@ -1,4 +1,4 @@
-//! The only room with `unsafe`: what has to happen between fork and exec.
+//! What has to happen between fork and exec. With `vmm/kvm/sys.rs` the only `unsafe` there is.
 
 use std::{
     io,
