@@ -45,5 +45,8 @@ check dependencies dependencies
 check shell shell_scripts
 check "the node's transport" python3 hack/node/selftest.py
 check "the other architecture" other_arch
+for arch in amd64 arm64; do
+  [ ! -f "$TARGET/guest/$arch/initramfs" ] || check "the initramfs for $arch, again" hack/guest/build.sh "$arch" verify
+done
 [ ${#failed[@]} -eq 0 ] || die "failed: $(printf '%s; ' "${failed[@]}")"
 say "all checks passed"

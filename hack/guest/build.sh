@@ -1,5 +1,5 @@
 #!/bin/bash
-# Builds the guest: build.sh <amd64|arm64> [kernel|busybox|initramfs|all]
+# Builds the guest: build.sh <amd64|arm64> [kernel|busybox|initramfs|all|verify]
 #
 #   target/guest/<arch>/vmlinux (amd64) or Image (arm64)   the distribution's cloud kernel
 #   target/guest/<arch>/modules                            its modules
@@ -79,19 +79,35 @@ build_busybox() {
   rm -rf "$OUT/unpacked"
 }
 
+# write_initramfs <file>
 # Uncompressed: unpacking costs an emulated guest more time than reading the larger file.
-build_initramfs() {
-  local agent want args=() m
-  agent=${CHSNAP_AGENT:-$TARGET/$(rust_triple "$ARCH")/agent/chsnap-agent}
-  [ -f "$agent" ] || die "no agent at $agent: run 'make build' first"
-  want=$(digest "$agent" "$ROOT/guest-agent/vm_init.sh" "$ROOT/guest-agent/fstab" "$ROOT/hack/guest/initramfs.py" "$OUT/busybox" "$TARGET/stamps/kernel-$ARCH" "$KERNEL" "${MODULES[*]}")
-  if [ -f "$OUT/initramfs" ] && stamped "initramfs-$ARCH" "$want"; then return 0; fi
+write_initramfs() {
+  local args=() m
   if [ -d "$OUT/modules" ]; then
     args+=(--modules "$OUT/modules")
     for m in "${MODULES[@]}"; do args+=(--module "$m"); done
   fi
-  python3 "$ROOT/hack/guest/initramfs.py" --output "$OUT/initramfs" --busybox "$OUT/busybox" \
+  python3 "$ROOT/hack/guest/initramfs.py" --output "$1" --busybox "$OUT/busybox" \
     --init "$ROOT/guest-agent/vm_init.sh" --fstab "$ROOT/guest-agent/fstab" --agent "$agent" "${args[@]}"
+}
+
+# Again, at another time, in another place and under another umask: not a byte may differ.
+verify_initramfs() {
+  local agent again rc=0
+  agent=${CHSNAP_AGENT:-$TARGET/$(rust_triple "$ARCH")/agent/chsnap-agent}
+  again=$(mktemp -p "$TARGET")
+  (umask 077 && TZ=Asia/Tokyo && export TZ && cd / && write_initramfs "$again") && cmp "$OUT/initramfs" "$again" || rc=$?
+  rm -f "$again"
+  return "$rc"
+}
+
+build_initramfs() {
+  local agent want
+  agent=${CHSNAP_AGENT:-$TARGET/$(rust_triple "$ARCH")/agent/chsnap-agent}
+  [ -f "$agent" ] || die "no agent at $agent: run 'make build' first"
+  want=$(digest "$agent" "$ROOT/guest-agent/vm_init.sh" "$ROOT/guest-agent/fstab" "$ROOT/hack/guest/initramfs.py" "$OUT/busybox" "$TARGET/stamps/kernel-$ARCH" "$KERNEL" "${MODULES[*]}")
+  if [ -f "$OUT/initramfs" ] && stamped "initramfs-$ARCH" "$want"; then return 0; fi
+  write_initramfs "$OUT/initramfs"
   stamp "initramfs-$ARCH" "$want"
   say "guest initramfs: $OUT/initramfs, $(($(stat -c %s "$OUT/initramfs") / 1024)) KiB"
 }
@@ -110,5 +126,6 @@ case $WHAT in
     build_busybox
     build_initramfs
     ;;
-  *) die "build.sh: '$WHAT' is none of kernel, busybox, initramfs, all" ;;
+  verify) verify_initramfs || die "the initramfs is not the same when it is built again" ;;
+  *) die "build.sh: '$WHAT' is none of kernel, busybox, initramfs, all, verify" ;;
 esac
