@@ -56,6 +56,7 @@ async fn run(began: Instant) -> Result<(), Box<dyn Error>> {
         run_dir: dir.clone(),
         cgroups: Vec::new(),
         rung: config.vmm.rung,
+        snapshot_dir: None,
         deadline: config.deadlines.boot.duration(),
     };
     let vm = driver.boot(&spec).await?;

@@ -200,6 +200,7 @@ impl Sandbox {
             run_dir: parts.dir.path().into(),
             cgroups: parts.cgroup.dirs().to_vec(),
             rung: config.vmm.rung,
+            snapshot_dir: None,
             deadline: config.deadlines.boot.duration(),
         };
         let vm = parts.vm.insert(boot(&*driver, &spec, virtiofsd).await?);

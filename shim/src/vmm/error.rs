@@ -53,6 +53,15 @@ pub enum BootError {
         /// What it takes.
         needed: String,
     },
+    /// A snapshot that cannot be given to the VMM.
+    #[error("cannot prepare {path:?} of the snapshot for the VMM")]
+    Snapshot {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// The VMM runs but does not do as told.
     #[error("the VMM {program:?} did not start the machine")]
     Control {
@@ -61,6 +70,22 @@ pub enum BootError {
         /// What was said and answered.
         #[source]
         source: ControlError,
+    },
+}
+
+/// A machine could not be written down.
+#[derive(Debug, Error)]
+pub enum SnapshotError {
+    /// The VMM did not do it.
+    #[error("the VMM did not save the machine")]
+    Control(#[source] ControlError),
+    /// The VMM ended over it.
+    #[error("the VMM ended while it saved the machine ({status}): {said}")]
+    Died {
+        /// How it ended.
+        status: String,
+        /// The last it wrote to stderr.
+        said: String,
     },
 }
 

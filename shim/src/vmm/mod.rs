@@ -1,6 +1,10 @@
 //! The machine: the trait every VMM driver fulfils, and the drivers. Nothing outside this room knows which VMM runs.
 
-use std::{fmt, path::PathBuf, time::Duration};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use tokio::{
@@ -24,7 +28,7 @@ mod survey;
 mod testing;
 
 pub(crate) use cloud_hypervisor::own_rungs;
-pub use error::{BootError, ChannelError, ControlError};
+pub use error::{BootError, ChannelError, ControlError, SnapshotError};
 pub(crate) use memory::Memory;
 pub use rung::Rung;
 pub use select::{SelectError, Taken, select};
@@ -89,6 +93,8 @@ pub struct VmSpec {
     pub cgroups: Vec<PathBuf>,
     /// What the guest's CPUs do without.
     pub rung: Rung,
+    /// The directory of a snapshot that will be taken, for a VMM that has to know before it confines itself.
+    pub snapshot_dir: Option<PathBuf>,
     /// How long the VMM may take for any one thing it is told to do.
     pub deadline: Duration,
 }
@@ -119,6 +125,9 @@ pub trait Driver: Send + Sync {
     fn accelerator(&self) -> Accelerator;
     /// Starts the VMM and the guest's CPUs. When it fails, nothing is left of either.
     async fn boot(&self, spec: &VmSpec) -> Result<Box<dyn Vm>, BootError>;
+    /// Starts the VMM with the machine of a snapshot in `from`, which this driver made of a machine with the same
+    /// `spec` but for sockets, directories and cgroups. Its CPUs run. When it fails, nothing is left.
+    async fn restore(&self, spec: &VmSpec, from: &Path) -> Result<Box<dyn Vm>, BootError>;
 }
 
 /// A machine that runs. Dropping it kills the VMM.
@@ -132,6 +141,9 @@ pub trait Vm: Send + Sync {
     fn exited(&self) -> watch::Receiver<Option<VmExit>>;
     /// The last lines of the guest's console, bounded, printable.
     fn console(&self) -> String;
+    /// Stops the guest's CPUs and writes the machine into the directory that its [`VmSpec::snapshot_dir`] named. The
+    /// machine does not go on from there: it is to be killed.
+    async fn snapshot(&self, into: &Path) -> Result<(), SnapshotError>;
     /// Ends the VMM at once and waits for it.
     async fn kill(&self);
 }

@@ -13,7 +13,7 @@ use std::{
 use seccompiler::BpfProgram;
 use tokio::{io::AsyncRead, process::Child, sync::watch, time::timeout};
 
-use super::{BootError, ControlError, VmExit};
+use super::{BootError, ControlError, SnapshotError, VmExit};
 use crate::{child, ring::Ring};
 
 /// Kept of the guest's console: more than a kernel's last words, less than anybody minds per pod.
@@ -153,6 +153,22 @@ impl Process {
         };
         let said = exit.stderr.lines().collect::<Vec<_>>().join("; ");
         BootError::Died { program, status: exit.status, advice: advice(&said), said }
+    }
+}
+
+impl Process {
+    /// Why a machine was not saved. The VMM may still run.
+    pub async fn not_saved(&self, error: ControlError) -> SnapshotError {
+        let died = match error {
+            ControlError::Closed { .. } => timeout(DYING, self.ended()).await.ok().flatten(),
+            _ => None,
+        };
+        match died {
+            Some(exit) => {
+                SnapshotError::Died { status: exit.status, said: exit.stderr.lines().collect::<Vec<_>>().join("; ") }
+            }
+            None => SnapshotError::Control(error),
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use nix::{
 use tokio::time::{sleep, timeout};
 
 use super::{
-    BootError, Driver, VmSpec,
+    BootError, Driver, Rung, VmSpec,
     testing::{BOOT, Bench, end, is_gone, shows},
 };
 
@@ -37,6 +37,55 @@ pub async fn meets_the_agent(driver: &dyn Driver) {
         timeout(*BOOT, session).await.unwrap_or_else(|_| panic!("no session {number}; console: {}", vm.console()));
     }
     vm.kill().await;
+}
+
+/// A machine goes on from its snapshot, in two machines at once, each with a share and a channel of its own.
+pub async fn is_restored(driver: &dyn Driver) {
+    restores(driver, Rung::Standard).await;
+}
+
+/// A machine without what a rung masks goes on without it.
+pub async fn is_restored_masked(driver: &dyn Driver) {
+    restores(driver, Rung::NoPmu).await;
+    restores(driver, Rung::Aggressive).await;
+}
+
+async fn restores(driver: &dyn Driver, rung: Rung) {
+    // What is on the console tells a machine that went on from one that began again.
+    let script = "mount -t virtiofs chsnap /mnt; echo BEGIN; n=0\n\
+        while :; do n=$((n+1)); echo \"tick $n of $(cat /mnt/hello)\"; sleep 0.2; done";
+    let Some(mut bench) = Bench::new(script).await else { return };
+    bench.spec.rung = rung;
+    bench.spec.snapshot_dir = Some(bench.snapshot_dir().to_owned());
+    let vm = driver.boot(&bench.spec).await.unwrap();
+    shows(&*vm, "tick 3 of from the host").await;
+    vm.snapshot(bench.snapshot_dir()).await.unwrap();
+    let last = ticks(&vm.console());
+    vm.kill().await;
+
+    let mut clones = Vec::new();
+    for name in ["one", "another"] {
+        let mut clone = Bench::new("").await.unwrap();
+        clone.spec.rung = rung;
+        clone.says(name);
+        let vm = driver.restore(&clone.spec, bench.snapshot_dir()).await.unwrap();
+        clones.push((name, clone, vm));
+    }
+    for (name, clone, vm) in &clones {
+        // A file's content may have been kept in the guest's memory; it is read from the host again when it changed.
+        shows(&**vm, &format!("tick {} of ", last + 3)).await;
+        let console = vm.console();
+        assert!(!console.contains("BEGIN") && !console.contains("tick 1 "), "{name}: {console}");
+        vm.kill().await;
+        assert!(is_gone(vm.pid()));
+        assert!(!clone.spec.run_dir.join("restore").exists());
+    }
+}
+
+/// The highest number on the console.
+fn ticks(console: &str) -> u32 {
+    let numbers = console.lines().filter_map(|line| line.split("tick ").nth(1)?.split(' ').next()?.parse().ok());
+    numbers.max().unwrap_or_default()
 }
 
 /// A panic and a reboot both end the machine, which does not start again, and the panic's text is kept.
@@ -98,7 +147,7 @@ pub async fn cannot_start(driver: &dyn Driver, cases: &[Spoilt]) {
     }
 }
 
-fn chain(error: &BootError) -> String {
+pub fn chain(error: &BootError) -> String {
     let sources = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
     sources.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

@@ -56,6 +56,7 @@ fn guest() -> Option<PathBuf> {
 pub struct Bench {
     pub spec: VmSpec,
     dir: TempDir,
+    snapshot: PathBuf,
     share: Child,
 }
 
@@ -70,7 +71,7 @@ impl Bench {
         fs::write(at("root/hello"), "from the host").unwrap();
         fs::write(at("initramfs"), initramfs(&fs::read(guest.join("busybox")).unwrap(), init)).unwrap();
         let share = Command::new(virtiofsd)
-            .args(["--sandbox=none", "--inode-file-handles=never", "--log-level=error"])
+            .args(["--sandbox=none", "--inode-file-handles=never", "--migration-mode=find-paths", "--log-level=error"])
             .arg("--shared-dir")
             .arg(at("root"))
             .arg("--socket-path")
@@ -95,9 +96,12 @@ impl Bench {
             run_dir: at("run"),
             cgroups: vec![],
             rung: Rung::Standard,
+            snapshot_dir: None,
             deadline: *BOOT,
         };
-        Some(Self { spec, dir, share })
+        let snapshot = at("snapshot");
+        fs::create_dir(&snapshot).unwrap();
+        Some(Self { spec, dir, snapshot, share })
     }
 
     /// The same with the guest's own initramfs, whose first process is the agent.
@@ -110,6 +114,16 @@ impl Bench {
         let mut bench = Self::new("").await?;
         bench.spec.initramfs = initramfs;
         Some(bench)
+    }
+
+    /// An empty directory for a snapshot.
+    pub fn snapshot_dir(&self) -> &Path {
+        &self.snapshot
+    }
+
+    /// Changes what the share says.
+    pub fn says(&self, text: &str) {
+        fs::write(self.dir.path().join("root/hello"), text).unwrap();
     }
 
     /// Files that a VMM left in its directory.

@@ -49,6 +49,10 @@ pub fn lacks_landlock(said: &str) -> bool {
 
 /// The machine. Unknown fields are ignored silently by the API, so every name here is checked by a test.
 fn config(spec: &VmSpec, vsock: &Path, landlock: bool) -> Result<Value, ControlError> {
+    let rules = match &spec.snapshot_dir {
+        Some(dir) if landlock => json!([{ "path": text(dir)?, "access": "rw" }]),
+        _ => json!(null),
+    };
     Ok(json!({
         "cpus": { "boot_vcpus": spec.cpus, "max_vcpus": spec.cpus },
         // virtiofsd maps the guest's memory, so it has to be shared.
@@ -66,5 +70,6 @@ fn config(spec: &VmSpec, vsock: &Path, landlock: bool) -> Result<Value, ControlE
         "console": { "mode": "Off" },
         "pvpanic": true,
         "landlock_enable": landlock,
+        "landlock_rules": rules,
     }))
 }

@@ -9,6 +9,7 @@ mod events;
 mod machine;
 mod mask;
 mod own;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 
@@ -34,7 +35,8 @@ use tokio::{
 use self::api::Api;
 pub use self::own::rungs as own_rungs;
 use super::{
-    Accelerator, BootError, Channel, ChannelError, ControlError, Driver, Rung, Vm, VmExit, VmSpec, VmmKind,
+    Accelerator, BootError, Channel, ChannelError, ControlError, Driver, Rung, SnapshotError, Vm, VmExit, VmSpec,
+    VmmKind,
     arch::Arch,
     process::{Launch, Leash, Process},
 };
@@ -62,7 +64,7 @@ struct CloudHypervisorVm {
     process: Process,
     agent: UnixListener,
     agent_path: PathBuf,
-    _api: Api,
+    api: Api,
 }
 
 #[async_trait]
@@ -76,11 +78,27 @@ impl Driver for CloudHypervisor {
     }
 
     async fn boot(&self, spec: &VmSpec) -> Result<Box<dyn Vm>, BootError> {
-        match self.boot_within(spec, true).await {
-            Err(BootError::Died { said, .. }) if machine::lacks_landlock(&said) => self.boot_within(spec, false).await,
+        match self.launch(spec, true, None).await {
+            Err(BootError::Died { said, .. }) if machine::lacks_landlock(&said) => self.launch(spec, false, None).await,
             outcome => outcome,
         }
     }
+
+    async fn restore(&self, spec: &VmSpec, from: &Path) -> Result<Box<dyn Vm>, BootError> {
+        let links = snapshot::Links::make(spec, &spec.run_dir.join(VSOCK), from)?;
+        self.launch(spec, true, Some(links.dir())).await
+    }
+}
+
+/// What the VMM is told once it answers.
+#[derive(Debug, Clone, Copy)]
+enum Order<'a> {
+    /// The machine, and to boot it.
+    Boot,
+    /// Nothing: the machine is on its command line.
+    Wait,
+    /// To restore this snapshot.
+    Restore(&'a Path),
 }
 
 enum StartError {
@@ -96,7 +114,7 @@ impl From<ControlError> for StartError {
 
 impl CloudHypervisor {
     /// `landlock` counts where the machine is on the command line; the API is asked again within the same process.
-    async fn boot_within(&self, spec: &VmSpec, landlock: bool) -> Result<Box<dyn Vm>, BootError> {
+    async fn launch(&self, spec: &VmSpec, landlock: bool, from: Option<&Path>) -> Result<Box<dyn Vm>, BootError> {
         let vsock = spec.run_dir.join(VSOCK);
         let agent_path = spec.run_dir.join(format!("{VSOCK}_{VSOCK_PORT}"));
         let agent = socket("agent", || {
@@ -114,13 +132,13 @@ impl CloudHypervisor {
         let mut args = vec!["--api-socket".into(), fd(&api_fd), "--event-monitor".into(), fd(&events_fd)];
         let rung = spec.rung.on(Arch::HOST);
         let own = self.own_rungs.contains(&rung);
-        let filter = if own {
+        let described = own && from.is_none();
+        if described {
             let machine = own::arguments(spec, rung, &vsock, landlock);
             args.extend(machine.map_err(|source| BootError::Control { program: self.program.clone(), source })?);
-            None
-        } else {
-            mask::filter(rung).map_err(BootError::Mask)?
-        };
+        }
+        // A restored machine's mask by an option is in its configuration; that by the filter has to be put on again.
+        let filter = if own { None } else { mask::filter(rung).map_err(BootError::Mask)? };
         let launch =
             Launch { program: &self.program, args, fds: vec![api_fd, events_fd], cgroups: &spec.cgroups, filter };
         let leash = Leash::new();
@@ -128,8 +146,13 @@ impl CloudHypervisor {
         // It ends by itself, and well, only after the guest powered off; it may not get to telling that.
         let by_guest = |ended_well| async move { listener.await.unwrap_or(false) || ended_well };
         let process = Process::start(launch, leash, by_guest)?;
-        match self.start(&api, spec, &vsock, own).await {
-            Ok(()) => Ok(Box::new(CloudHypervisorVm { process, agent, agent_path, _api: api })),
+        let order = match from {
+            Some(from) => Order::Restore(from),
+            None if described => Order::Wait,
+            None => Order::Boot,
+        };
+        match self.start(&api, spec, &vsock, order).await {
+            Ok(()) => Ok(Box::new(CloudHypervisorVm { process, agent, agent_path, api })),
             Err(StartError::Old(found)) => {
                 process.kill().await;
                 let needed = format!("{}.{}", OLDEST.0, OLDEST.1);
@@ -139,15 +162,16 @@ impl CloudHypervisor {
         }
     }
 
-    async fn start(&self, api: &Api, spec: &VmSpec, vsock: &Path, described: bool) -> Result<(), StartError> {
+    async fn start(&self, api: &Api, spec: &VmSpec, vsock: &Path, order: Order<'_>) -> Result<(), StartError> {
         let (version, numbers) = machine::version(api).await?;
         if numbers < Some(OLDEST) {
             return Err(StartError::Old(version));
         }
-        match described {
-            true => Ok(own::runs(api, spec.deadline).await?),
-            false => Ok(machine::boot(api, spec, vsock).await?),
-        }
+        Ok(match order {
+            Order::Boot => machine::boot(api, spec, vsock).await?,
+            Order::Wait => own::runs(api, spec.deadline).await?,
+            Order::Restore(from) => snapshot::load(api, from).await?,
+        })
     }
 }
 
@@ -169,6 +193,13 @@ impl Vm for CloudHypervisorVm {
 
     fn console(&self) -> String {
         self.process.console()
+    }
+
+    async fn snapshot(&self, into: &Path) -> Result<(), SnapshotError> {
+        match snapshot::save(&self.api, into).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.process.not_saved(error).await),
+        }
     }
 
     async fn kill(&self) {

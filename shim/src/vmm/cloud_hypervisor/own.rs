@@ -59,6 +59,9 @@ pub fn arguments(spec: &VmSpec, rung: Rung, vsock: &Path, landlock: bool) -> Res
     words.push("--pvpanic".into());
     if landlock {
         words.push("--landlock".into());
+        if let Some(dir) = &spec.snapshot_dir {
+            words.extend(["--landlock-rules".into(), format!("path={},access=rw", value(dir)?).into()]);
+        }
     }
     Ok(words)
 }

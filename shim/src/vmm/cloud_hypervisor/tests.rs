@@ -18,7 +18,7 @@ fn contract() -> Value {
 }
 
 /// The contract's machine.
-fn spec() -> VmSpec {
+pub fn spec() -> VmSpec {
     VmSpec {
         cpus: 2,
         memory_mib: 512,
@@ -29,6 +29,7 @@ fn spec() -> VmSpec {
         run_dir: "/run/pod".into(),
         cgroups: vec![],
         rung: Rung::Standard,
+        snapshot_dir: None,
         deadline: Duration::from_secs(30),
     }
 }
@@ -37,6 +38,7 @@ fn machine(landlock: bool) -> Value {
     let mut machine = contract()["machine"].clone();
     machine["payload"]["cmdline"] = Arch::HOST.cmdline(Accelerator::Kvm, &["word".into()]).into();
     machine["landlock_enable"] = landlock.into();
+    machine["landlock_rules"] = Value::Null;
     machine
 }
 
@@ -46,11 +48,11 @@ fn driver(program: impl Into<PathBuf>) -> CloudHypervisor {
 
 /// Has the driver start the machine on a server that expects these requests and gives these recorded answers.
 async fn replay(expected: Vec<(&'static str, Option<Value>, &'static str)>) -> Result<(), StartError> {
-    replay_on(false, expected).await
+    replay_on(Order::Boot, expected).await
 }
 
 async fn replay_on(
-    described: bool,
+    order: Order<'_>,
     expected: Vec<(&'static str, Option<Value>, &'static str)>,
 ) -> Result<(), StartError> {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
@@ -65,7 +67,7 @@ async fn replay_on(
         assert_eq!(theirs.read(&mut [0]).await.unwrap(), 0, "more was asked than expected");
     });
     let api = Api::new(ours, Duration::from_secs(30));
-    let outcome = driver("unused").start(&api, &spec(), Path::new("/run/pod/vsock"), described).await;
+    let outcome = driver("unused").start(&api, &spec(), Path::new("/run/pod/vsock"), order).await;
     drop(api);
     server.await.unwrap();
     outcome
@@ -115,7 +117,7 @@ async fn a_machine_of_the_command_line_is_waited_for() {
         (info, None, "created"),
         (info, None, "running"),
     ];
-    assert!(replay_on(true, requests).await.is_ok());
+    assert!(replay_on(Order::Wait, requests).await.is_ok());
 }
 
 /// Of programs that know both, one, or none of the options, and of one that takes everything.
@@ -201,7 +203,7 @@ async fn the_real_program_takes_the_machine_as_described() {
     let launch = Launch { program: &driver.program, args, fds: vec![api_fd], cgroups: &[], filter: None };
     let process = Process::start(launch, Leash::new(), |_| async { false }).unwrap();
     let vsock = bench.spec.run_dir.join(VSOCK);
-    if let Err(StartError::Control(error)) = driver.start(&api, &bench.spec, &vsock, false).await {
+    if let Err(StartError::Control(error)) = driver.start(&api, &bench.spec, &vsock, Order::Boot).await {
         panic!("{error}; {:?}", process.ended().await);
     }
     let info = api.get("vm.info").await.unwrap();
@@ -267,6 +269,19 @@ async fn a_guest_sees_the_share_and_powers_off() {
 async fn a_panic_or_a_reboot_ends_the_machine() {
     let Some(driver) = with_kvm().await else { return };
     scenarios::panics_and_reboots(&driver).await;
+}
+
+#[tokio::test]
+async fn a_snapshot_is_restored_twice_at_once() {
+    let Some(driver) = with_kvm().await else { return };
+    scenarios::is_restored(&driver).await;
+}
+
+/// On the rungs, too: a restore needs the mask of the boot.
+#[tokio::test]
+async fn a_masked_machine_is_restored() {
+    let Some(driver) = with_kvm().await else { return };
+    scenarios::is_restored_masked(&driver).await;
 }
 
 #[tokio::test]

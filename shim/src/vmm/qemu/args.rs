@@ -60,8 +60,15 @@ pub struct Fds {
     pub qmp: i32,
 }
 
-/// All arguments for `spec`.
-pub fn args(spec: &VmSpec, arch: Arch, accelerator: Accelerator, pmu_known: bool, fds: Fds) -> Vec<OsString> {
+/// All arguments for `spec`; with `incoming`, the machine waits for its state.
+pub fn args(
+    spec: &VmSpec,
+    arch: Arch,
+    accelerator: Accelerator,
+    pmu_known: bool,
+    fds: Fds,
+    incoming: bool,
+) -> Vec<OsString> {
     let mut args = Args::default();
     args.flag("-nodefaults").flag("-no-user-config").flag("-no-reboot").option("-display", ["none"]);
     args.option("-sandbox", ["on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
@@ -93,6 +100,9 @@ pub fn args(spec: &VmSpec, arch: Arch, accelerator: Accelerator, pmu_known: bool
     args.option("-object", ["rng-builtin,id=rng"]).option("-device", ["virtio-rng-pci,rng=rng"]);
     args.option("-chardev", ["socket,id=share,path=".into(), escaped(spec.share_socket.as_os_str())]);
     args.option("-device", [format!("vhost-user-fs-pci,chardev=share,tag={SHARE_TAG},queue-size=256")]);
+    if incoming {
+        args.option("-incoming", ["defer"]);
+    }
     args.0
 }
 
@@ -134,12 +144,13 @@ mod tests {
             run_dir: "/run/chsnap/k8s.io/pod,1".into(),
             cgroups: vec![],
             rung: Rung::Standard,
+            snapshot_dir: None,
             deadline: std::time::Duration::from_secs(30),
         }
     }
 
     fn line(arch: Arch, accelerator: Accelerator) -> Vec<String> {
-        let args = args(&spec(), arch, accelerator, true, Fds { agent: 7, qmp: 9 });
+        let args = args(&spec(), arch, accelerator, true, Fds { agent: 7, qmp: 9 }, false);
         args.into_iter().map(|arg| arg.into_string().unwrap()).collect()
     }
 

@@ -4,6 +4,7 @@
 //! the console is a pipe. So nothing has to be polled for, and nothing is left when it dies.
 
 mod args;
+mod migration;
 mod qmp;
 #[cfg(test)]
 mod tests;
@@ -11,7 +12,7 @@ mod tests;
 use std::{
     io,
     os::{fd::OwnedFd, unix::net::UnixStream as StdStream},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use async_trait::async_trait;
@@ -22,7 +23,7 @@ use self::{
     qmp::{Qmp, Version},
 };
 use super::{
-    Accelerator, BootError, Channel, ChannelError, Driver, Rung, Vm, VmExit, VmSpec, VmmKind,
+    Accelerator, BootError, Channel, ChannelError, Driver, Rung, SnapshotError, Vm, VmExit, VmSpec, VmmKind,
     arch::Arch,
     kvm,
     process::{Launch, Leash, Process},
@@ -48,7 +49,7 @@ struct QemuVm {
     process: Process,
     /// The host's end of the agent channel. It stays open, so the port looks connected for as long as the VM lives.
     agent: StdStream,
-    _qmp: Qmp,
+    qmp: Qmp,
 }
 
 #[async_trait]
@@ -62,6 +63,16 @@ impl Driver for Qemu {
     }
 
     async fn boot(&self, spec: &VmSpec) -> Result<Box<dyn Vm>, BootError> {
+        self.start(spec, None).await
+    }
+
+    async fn restore(&self, spec: &VmSpec, from: &Path) -> Result<Box<dyn Vm>, BootError> {
+        self.start(spec, Some(from)).await
+    }
+}
+
+impl Qemu {
+    async fn start(&self, spec: &VmSpec, from: Option<&Path>) -> Result<Box<dyn Vm>, BootError> {
         let (agent, agent_fd) = socket_pair("agent")?;
         let (control, control_fd) = socket_pair("QMP")?;
         let control = UnixStream::from_std(control).map_err(|source| BootError::Socket { what: "QMP", source })?;
@@ -69,7 +80,7 @@ impl Driver for Qemu {
         let pmu_known = spec.rung != Rung::Standard && kvm::has_pmu();
         let launch = Launch {
             program: &self.program,
-            args: args::args(spec, Arch::HOST, self.accelerator, pmu_known, fds),
+            args: args::args(spec, Arch::HOST, self.accelerator, pmu_known, fds, from.is_some()),
             fds: vec![agent_fd, control_fd],
             cgroups: &spec.cgroups,
             filter: None,
@@ -77,15 +88,21 @@ impl Driver for Qemu {
         let (qmp, listener) = Qmp::start(control, spec.deadline);
         let by_guest = |_| async { listener.await.unwrap_or(false) };
         let process = Process::start(launch, Leash::new(), by_guest)?;
-        match qmp.negotiate().await {
-            Ok(version) if version >= OLDEST => Ok(Box::new(QemuVm { process, agent, _qmp: qmp })),
-            Ok(version) => {
-                process.kill().await;
-                let (found, needed) = (version.to_string(), OLDEST.to_string());
-                Err(BootError::Version { program: self.program.clone(), found, needed })
-            }
-            Err(error) => Err(process.gave_up(&self.program, error, advice).await),
+        let version = match qmp.negotiate().await {
+            Ok(version) => version,
+            Err(error) => return Err(process.gave_up(&self.program, error, advice).await),
+        };
+        if version < OLDEST {
+            process.kill().await;
+            let (found, needed) = (version.to_string(), OLDEST.to_string());
+            return Err(BootError::Version { program: self.program.clone(), found, needed });
         }
+        if let Some(from) = from
+            && let Err(error) = migration::load(&qmp, from).await
+        {
+            return Err(process.gave_up(&self.program, error, advice).await);
+        }
+        Ok(Box::new(QemuVm { process, agent, qmp }))
     }
 }
 
@@ -106,6 +123,13 @@ impl Vm for QemuVm {
 
     fn console(&self) -> String {
         self.process.console()
+    }
+
+    async fn snapshot(&self, into: &Path) -> Result<(), SnapshotError> {
+        match migration::save(&self.qmp, into).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.process.not_saved(error).await),
+        }
     }
 
     async fn kill(&self) {

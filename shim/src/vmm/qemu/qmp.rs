@@ -65,6 +65,11 @@ impl Qmp {
         (Self { writer: AsyncMutex::new(writer), pending, version, patience }, listener)
     }
 
+    /// How long one command may take.
+    pub fn patience(&self) -> Duration {
+        self.patience
+    }
+
     /// Leaves negotiation, which QEMU answers once the machine is built, and tells the version.
     pub async fn negotiate(&self) -> Result<Version, ControlError> {
         let command = "qmp_capabilities";

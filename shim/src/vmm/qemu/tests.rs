@@ -47,6 +47,21 @@ async fn the_agent_channel_carries_bytes_both_ways_and_can_be_opened_again() {
 }
 
 #[tokio::test]
+async fn a_snapshot_is_restored_twice_at_once() {
+    let Some(qemu) = qemu() else { return };
+    scenarios::is_restored(&qemu).await;
+}
+
+#[tokio::test]
+async fn a_snapshot_that_is_none_is_an_error() {
+    let (Some(qemu), Some(bench)) = (qemu(), Bench::new("").await) else { return };
+    std::fs::write(bench.snapshot_dir().join(migration::FILE), "no machine").unwrap();
+    let error = qemu.restore(&bench.spec, bench.snapshot_dir()).await.err().unwrap();
+    assert!(scenarios::chain(&error).contains("load of migration failed"), "{}", scenarios::chain(&error));
+    assert!(bench.leftovers().is_empty());
+}
+
+#[tokio::test]
 async fn the_agent_answers() {
     let Some(qemu) = qemu() else { return };
     scenarios::meets_the_agent(&qemu).await;
