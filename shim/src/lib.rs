@@ -14,6 +14,7 @@ pub mod program;
 mod ring;
 pub mod sandbox;
 pub mod share;
+pub mod snapshot;
 pub mod state;
 mod sys;
 pub mod task;

@@ -1,0 +1,179 @@
+//! What a snapshot consists of, and what it was made from.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, Write},
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{BuildError, FindError, Inputs, Key, digest};
+use crate::vmm::Rung;
+
+/// In a snapshot's directory.
+pub const MANIFEST: &str = "manifest.json";
+/// Beside it: which files were found to have their digests, and how to know them again.
+const VERIFIED: &str = "verified.json";
+/// A longer one is not ours.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// What a snapshot consists of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Its name: the inputs' key.
+    pub key: Key,
+    /// What it was made from.
+    pub inputs: Inputs,
+    /// RFC 3339, in UTC.
+    pub created_at: String,
+    /// What building it took, in milliseconds.
+    pub build_ms: u64,
+    /// The rungs that were tried before the one that it was made on.
+    pub refusals: Vec<Refusal>,
+    /// Its files by name.
+    pub files: BTreeMap<String, Content>,
+}
+
+/// A rung on which no snapshot worked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// Which.
+    pub rung: Rung,
+    /// The whole chain of the error.
+    pub why: String,
+}
+
+/// A file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Content {
+    /// Bytes from its beginning to its end, holes included.
+    pub size: u64,
+    /// Of [`digest::of_file`].
+    pub digest: String,
+}
+
+/// A file as it was when its digest was taken: any change of it changes one of these.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Identity {
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Identity {
+    fn of(path: &Path) -> io::Result<Self> {
+        let meta = fs::symlink_metadata(path)?;
+        Ok(Self {
+            inode: meta.ino(),
+            size: meta.len(),
+            modified: (meta.mtime(), meta.mtime_nsec()),
+            changed: (meta.ctime(), meta.ctime_nsec()),
+        })
+    }
+}
+
+type Verified = BTreeMap<String, Identity>;
+
+/// The files of a snapshot that is being built, written down to the disk.
+pub fn take_stock(dir: &Path) -> Result<BTreeMap<String, Content>, BuildError> {
+    let failed = |path: &Path, source| BuildError::Io { path: path.into(), source };
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(dir).map_err(|error| failed(dir, error))? {
+        let path = entry.map_err(|error| failed(dir, error))?.path();
+        let meta = fs::symlink_metadata(&path).map_err(|error| failed(&path, error))?;
+        let name = path.file_name().and_then(|name| name.to_str());
+        let (true, Some(name)) = (meta.is_file(), name) else { return Err(BuildError::Strange { path }) };
+        let digest = File::open(&path).and_then(|file| file.sync_all()).and_then(|()| digest::of_file(&path));
+        let digest = digest.map_err(|error| failed(&path, error))?;
+        files.insert(name.to_owned(), Content { size: meta.len(), digest });
+    }
+    Ok(files)
+}
+
+impl Manifest {
+    /// Writes it, for good.
+    pub fn write(&self, dir: &Path) -> Result<(), BuildError> {
+        let failed = |path: PathBuf| |source| BuildError::Io { path, source };
+        self.remember(dir).map_err(failed(dir.join(VERIFIED)))?;
+        let path = dir.join(MANIFEST);
+        let text = serde_json::to_vec_pretty(self).map_err(io::Error::from);
+        text.and_then(|text| store(&path, &text)).map_err(failed(path))
+    }
+
+    /// Reads it, and looks whether the snapshot is what it says.
+    pub fn read(dir: &Path, key: &Key) -> Result<Self, FindError> {
+        let path = dir.join(MANIFEST);
+        let spoilt = |what: String| FindError::Spoilt { key: key.clone(), what };
+        let failed = |source| FindError::Io { path: path.clone(), source };
+        let meta = fs::symlink_metadata(&path).map_err(failed)?;
+        if meta.len() > MAX_BYTES {
+            return Err(spoilt(format!("{MANIFEST} has {} bytes", meta.len())));
+        }
+        let text = fs::read(&path).map_err(failed)?;
+        let manifest: Self =
+            serde_json::from_slice(&text).map_err(|error| spoilt(format!("{MANIFEST} is none: {error}")))?;
+        if manifest.key != *key || manifest.inputs.key() != *key {
+            return Err(spoilt(format!("{MANIFEST} is that of another")));
+        }
+        Ok(manifest)
+    }
+
+    /// Looks whether the files are the manifest's. Their digests are taken only of those that changed since they were
+    /// taken last; of all, with `thoroughly`.
+    pub fn check(&self, dir: &Path, thoroughly: bool) -> Result<(), FindError> {
+        let spoilt = |what: String| FindError::Spoilt { key: self.key.clone(), what };
+        let known: Verified =
+            fs::read(dir.join(VERIFIED)).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
+        let mut looked = false;
+        for (name, content) in &self.files {
+            let path = dir.join(name);
+            let found = match Identity::of(&path) {
+                Ok(found) => found,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    return Err(spoilt(format!("{name} is missing")));
+                }
+                Err(source) => return Err(FindError::Io { path, source }),
+            };
+            if found.size != content.size {
+                return Err(spoilt(format!("{name} has {} bytes and not {}", found.size, content.size)));
+            }
+            if thoroughly || known.get(name) != Some(&found) {
+                let digest = digest::of_file(&path).map_err(|source| FindError::Io { path, source })?;
+                if digest != content.digest {
+                    return Err(spoilt(format!(
+                        "{name} has changed: its digest is {digest} and not {}",
+                        content.digest
+                    )));
+                }
+                looked = true;
+            }
+        }
+        if looked && let Err(error) = self.remember(dir) {
+            log::debug!("cannot remember what was verified in {dir:?}: {error}");
+        }
+        Ok(())
+    }
+
+    /// Bytes on the disk.
+    pub fn bytes(&self, dir: &Path) -> u64 {
+        let names = self.files.keys().map(String::as_str).chain([MANIFEST, VERIFIED]);
+        names.filter_map(|name| fs::symlink_metadata(dir.join(name)).ok()).map(|meta| meta.blocks() * 512).sum()
+    }
+
+    fn remember(&self, dir: &Path) -> io::Result<()> {
+        let verified = self.files.keys().map(|name| Ok((name, Identity::of(&dir.join(name))?)));
+        let verified = verified.collect::<io::Result<BTreeMap<_, _>>>()?;
+        store(&dir.join(VERIFIED), &serde_json::to_vec(&verified)?)
+    }
+}
+
+/// All of a file or nothing, and on the disk.
+fn store(path: &Path, text: &[u8]) -> io::Result<()> {
+    let new = path.with_extension(format!("new-{}", std::process::id()));
+    let written = File::create(&new).and_then(|mut file| file.write_all(text).and_then(|()| file.sync_all()));
+    written.and_then(|()| fs::rename(&new, path)).inspect_err(|_| drop(fs::remove_file(&new)))
+}

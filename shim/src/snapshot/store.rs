@@ -1,0 +1,273 @@
+//! Where snapshots are: `<dir>/<key>/`, complete or absent.
+//!
+//! | name | what | lock on the directory |
+//! |---|---|---|
+//! | `<key>` | a snapshot | shared by those who use it |
+//! | `.new-<key>` | one that is being built | its builder's |
+//! | `.old-<key>` | one that is being removed | its remover's |
+//!
+//! The locks are the kernel's (`flock`): they end with their process however that ends. So what begins with a point
+//! and is not locked was left by a process that was killed, and whoever comes next removes it. A snapshot appears by
+//! a rename after everything in it is on the disk, and disappears by one before anything of it does.
+
+use std::{
+    fs::{self, DirBuilder, File},
+    io,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, SystemTime},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+    sys::{stat::futimens, time::TimeSpec},
+};
+
+use super::{BuildError, FindError, Inputs, Key, ListError, Manifest, OpenError, Refusal, manifest::take_stock};
+use crate::state::timestamp;
+
+pub(super) const NEW: &str = ".new-";
+pub(super) const OLD: &str = ".old-";
+/// A publisher or a remover has a snapshot to itself for a moment.
+const MOMENT: Duration = Duration::from_millis(1);
+const MOMENTS: u32 = 50;
+
+/// All snapshots of a host.
+#[derive(Debug, Clone)]
+pub struct Store {
+    pub(super) root: PathBuf,
+    pub(super) budget: u64,
+}
+
+/// A snapshot that stays while this lives.
+#[derive(Debug)]
+pub struct InUse {
+    dir: PathBuf,
+    manifest: Manifest,
+    _lock: Flock<File>,
+}
+
+/// A snapshot that is being built, by nobody else. Gone when dropped.
+#[derive(Debug)]
+pub struct Building {
+    root: PathBuf,
+    dir: PathBuf,
+    inputs: Inputs,
+    budget: u64,
+    began: SystemTime,
+    lock: Option<Flock<File>>,
+}
+
+/// A snapshot as it is told of.
+#[derive(Debug)]
+pub struct Entry {
+    /// Its name.
+    pub key: Key,
+    /// What it consists of, or why that cannot be told.
+    pub manifest: Result<Manifest, FindError>,
+    /// On the disk.
+    pub bytes: u64,
+    /// When it was last restored or built.
+    pub used_at: SystemTime,
+}
+
+impl Store {
+    /// The store in `root`, which is made where it is missing.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn open(root: &Path, budget: u64) -> Result<Self, OpenError> {
+        let failed = |source| OpenError::Io { path: root.into(), source };
+        DirBuilder::new().recursive(true).mode(0o700).create(root).map_err(failed)?;
+        let meta = fs::metadata(root).map_err(failed)?;
+        if meta.uid() != nix::unistd::geteuid().as_raw() || meta.mode() & 0o022 != 0 {
+            return Err(OpenError::Open { path: root.into() });
+        }
+        Ok(Self { root: root.into(), budget })
+    }
+
+    /// The snapshot of that key, for use.
+    ///
+    /// # Errors
+    /// Where there is one that cannot be used.
+    pub fn find(&self, key: &Key) -> Result<Option<InUse>, FindError> {
+        let dir = self.root.join(key.as_str());
+        let failed = |source| FindError::Io { path: dir.clone(), source };
+        let Some(lock) = self.lock_shared(&dir).map_err(failed)? else { return Ok(None) };
+        let manifest = Manifest::read(&dir, key)?;
+        manifest.check(&dir, false)?;
+        // For those who have to choose which to let go of.
+        futimens(&*lock, &TimeSpec::UTIME_OMIT, &TimeSpec::UTIME_NOW).map_err(|error| failed(error.into()))?;
+        Ok(Some(InUse { dir, manifest, _lock: lock }))
+    }
+
+    /// Takes all digests anew.
+    ///
+    /// # Errors
+    /// Where one is wrong; and where there is no such snapshot.
+    pub fn verify(&self, key: &Key) -> Result<(), FindError> {
+        let dir = self.root.join(key.as_str());
+        let failed = |source| FindError::Io { path: dir.clone(), source };
+        let lock = self.lock_shared(&dir).map_err(failed)?;
+        let _lock = lock.ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+        Manifest::read(&dir, key)?.check(&dir, true)
+    }
+
+    /// A place to build a snapshot of these inputs in.
+    ///
+    /// # Errors
+    /// See [`BuildError`]; [`BuildError::Busy`] where somebody else does it.
+    pub fn build(&self, inputs: Inputs) -> Result<Building, BuildError> {
+        let key = inputs.key();
+        let dir = self.root.join(format!("{NEW}{key}"));
+        let failed = |source| BuildError::Io { path: dir.clone(), source };
+        let exists = || self.root.join(key.as_str()).exists();
+        if exists() {
+            return Err(BuildError::Exists { key });
+        }
+        loop {
+            match DirBuilder::new().mode(0o700).create(&dir) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
+                _ => {}
+            }
+            let lock = match lock(&dir, FlockArg::LockExclusiveNonblock) {
+                Ok(Some(lock)) => lock,
+                Ok(None) => return Err(BuildError::Busy { key }),
+                // Its builder has just published it, or given up.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(failed(error)),
+            };
+            if !is_still(&dir, &lock) {
+                continue;
+            }
+            // Of a builder that was killed.
+            empty(&dir).map_err(failed)?;
+            let (root, budget) = (self.root.clone(), self.budget);
+            let building = Building { root, dir, inputs, budget, began: SystemTime::now(), lock: Some(lock) };
+            // Published between the first look and the lock.
+            return if exists() { Err(BuildError::Exists { key }) } else { Ok(building) };
+        }
+    }
+
+    /// All of them, the most recently used first.
+    ///
+    /// # Errors
+    /// Where the directory cannot be read.
+    pub fn list(&self) -> Result<Vec<Entry>, ListError> {
+        let failed = |source| ListError { path: self.root.clone(), source };
+        let mut entries = Vec::new();
+        for entry in fs::read_dir(&self.root).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let Some(key) = entry.file_name().to_str().and_then(|name| name.parse::<Key>().ok()) else { continue };
+            let dir = entry.path();
+            // It may have gone meanwhile.
+            let Ok(used_at) = fs::metadata(&dir).and_then(|meta| meta.modified()) else { continue };
+            let manifest = Manifest::read(&dir, &key);
+            let bytes = manifest.as_ref().map_or(0, |manifest| manifest.bytes(&dir));
+            entries.push(Entry { key, manifest, bytes, used_at });
+        }
+        entries.sort_by(|a, b| b.used_at.cmp(&a.used_at).then_with(|| a.key.cmp(&b.key)));
+        Ok(entries)
+    }
+
+    /// Locks a snapshot for use; `None` where there is none.
+    fn lock_shared(&self, dir: &Path) -> io::Result<Option<Flock<File>>> {
+        for _ in 0..MOMENTS {
+            match lock(dir, FlockArg::LockSharedNonblock) {
+                Ok(Some(lock)) if is_still(dir, &lock) => return Ok(Some(lock)),
+                Ok(_) => thread::sleep(MOMENT),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
+    }
+}
+
+impl InUse {
+    /// Where its files are.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What it consists of.
+    #[must_use]
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+}
+
+impl Building {
+    /// Where its files are to be.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Everything in the directory is the snapshot from now on, for everybody.
+    ///
+    /// # Errors
+    /// Then nothing of it is left.
+    pub fn publish(mut self, refusals: Vec<Refusal>) -> Result<Key, BuildError> {
+        let key = self.inputs.key();
+        let files = take_stock(&self.dir)?;
+        let now = SystemTime::now();
+        let build_ms = now.duration_since(self.began).unwrap_or_default().as_millis().try_into().unwrap_or(u64::MAX);
+        let inputs = self.inputs.clone();
+        let manifest = Manifest { key: key.clone(), inputs, created_at: timestamp(), build_ms, refusals, files };
+        manifest.write(&self.dir)?;
+        let bytes = manifest.bytes(&self.dir);
+        if bytes > self.budget {
+            return Err(BuildError::TooLarge { bytes, budget: self.budget });
+        }
+        let to = self.root.join(key.as_str());
+        let failed = |path: &Path, source| BuildError::Io { path: path.into(), source };
+        sync(&self.dir).map_err(|error| failed(&self.dir, error))?;
+        fs::rename(&self.dir, &to).map_err(|error| failed(&to, error))?;
+        self.lock = None;
+        sync(&self.root).map_err(|error| failed(&self.root, error))?;
+        Ok(key)
+    }
+}
+
+impl Drop for Building {
+    fn drop(&mut self) {
+        // Locked until it is gone: published, it is no longer ours.
+        if let Some(_lock) = self.lock.take()
+            && let Err(error) = fs::remove_dir_all(&self.dir)
+        {
+            log::warn!("cannot remove {:?}: {error}", self.dir);
+        }
+    }
+}
+
+/// Locks a directory; `None` where another has it.
+pub(super) fn lock(dir: &Path, how: FlockArg) -> io::Result<Option<Flock<File>>> {
+    match Flock::lock(File::open(dir)?, how) {
+        Ok(lock) => Ok(Some(lock)),
+        Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+        Err((_, error)) => Err(error.into()),
+    }
+}
+
+/// Whether what was locked is still what has that name.
+pub(super) fn is_still(dir: &Path, lock: &File) -> bool {
+    let of = |meta: fs::Metadata| (meta.dev(), meta.ino());
+    matches!((fs::symlink_metadata(dir).map(of), lock.metadata().map(of)), (Ok(a), Ok(b)) if a == b)
+}
+
+fn empty(dir: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if fs::symlink_metadata(&path)?.is_dir() { fs::remove_dir_all(&path)? } else { fs::remove_file(&path)? }
+    }
+    Ok(())
+}
+
+/// Puts a directory's entries on the disk.
+fn sync(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}

@@ -1,0 +1,259 @@
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::{PermissionsExt, symlink},
+    path::Path,
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    thread,
+    time::{Duration, SystemTime},
+};
+
+use tempfile::TempDir;
+
+use super::{key::tests::inputs, store::Building, *};
+
+const PLENTY: u64 = 1 << 40;
+const MEMORY: &[u8] = &[7; 100_000];
+
+fn store(budget: u64) -> (TempDir, Store) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&dir.path().join("snapshots"), budget).unwrap();
+    (dir, store)
+}
+
+fn of(vcpus: u32) -> Inputs {
+    Inputs { vcpus, ..inputs() }
+}
+
+fn filled(store: &Store, inputs: Inputs) -> Building {
+    let building = store.build(inputs).unwrap();
+    fs::write(building.dir().join("memory"), MEMORY).unwrap();
+    fs::write(building.dir().join("state"), "registers").unwrap();
+    building
+}
+
+fn published(store: &Store, vcpus: u32) -> Key {
+    filled(store, of(vcpus)).publish(vec![]).unwrap()
+}
+
+fn names(store: &Store) -> BTreeSet<String> {
+    fs::read_dir(&store.root).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+/// As if it had been used so many seconds ago.
+fn unused_for(store: &Store, key: &Key, seconds: u64) {
+    let dir = fs::File::open(store.root.join(key.as_str())).unwrap();
+    dir.set_modified(SystemTime::now() - Duration::from_secs(seconds)).unwrap();
+}
+
+#[test]
+fn a_snapshot_is_absent_until_it_is_published_and_then_complete() {
+    let (_dir, store) = store(PLENTY);
+    let building = filled(&store, inputs());
+    let key = inputs().key();
+    assert!(store.find(&key).unwrap().is_none());
+    assert!(store.list().unwrap().is_empty());
+    let refusal = Refusal { rung: crate::vmm::Rung::Standard, why: "os error 22".into() };
+    assert_eq!(building.publish(vec![refusal.clone()]).unwrap(), key);
+
+    let found = store.find(&key).unwrap().unwrap();
+    assert_eq!(fs::read(found.dir().join("memory")).unwrap(), MEMORY);
+    assert_eq!(found.manifest().inputs, inputs());
+    assert_eq!(found.manifest().refusals, [refusal]);
+    assert_eq!(found.manifest().files.keys().collect::<Vec<_>>(), ["memory", "state"]);
+    let [entry] = &store.list().unwrap()[..] else { panic!() };
+    assert!(entry.key == key && entry.bytes >= MEMORY.len() as u64);
+    store.verify(&key).unwrap();
+    assert!(matches!(store.build(inputs()), Err(BuildError::Exists { .. })));
+    assert!(store.find(&of(2).key()).unwrap().is_none());
+}
+
+#[test]
+fn one_builds_at_a_time_and_one_that_gives_up_leaves_nothing() {
+    let (_dir, store) = store(PLENTY);
+    let building = filled(&store, inputs());
+    assert!(matches!(store.build(inputs()), Err(BuildError::Busy { .. })));
+    let other = filled(&store, of(2));
+    drop(building);
+    drop(other);
+    assert!(names(&store).is_empty());
+    drop(filled(&store, inputs()));
+}
+
+#[test]
+fn what_killed_processes_left_is_never_found_and_removed_by_the_next() {
+    let (_dir, store) = store(PLENTY);
+    let key = published(&store, 1);
+    // A builder that was killed before and after it wrote the manifest, and a remover in the middle.
+    let half = store.root.join(format!(".new-{}", of(2).key()));
+    fs::create_dir(&half).unwrap();
+    fs::write(half.join("memory"), "half").unwrap();
+    let whole = store.root.join(format!(".new-{}", of(3).key()));
+    fs::create_dir(&whole).unwrap();
+    for name in ["manifest.json", "memory", "state"] {
+        fs::copy(store.root.join(key.as_str()).join(name), whole.join(name)).unwrap();
+    }
+    fs::create_dir(store.root.join(format!(".old-{key}"))).unwrap();
+    for vcpus in [2, 3] {
+        assert!(store.find(&of(vcpus).key()).unwrap().is_none());
+    }
+    // The next builder begins anew.
+    let building = store.build(of(2)).unwrap();
+    assert_eq!(fs::read_dir(building.dir()).unwrap().count(), 0);
+    // One that is alive is left alone.
+    assert!(store.prune(PLENTY).unwrap().is_empty());
+    assert_eq!(names(&store), BTreeSet::from([key.to_string(), format!(".new-{}", of(2).key())]));
+    drop(building);
+    fs::create_dir(store.root.join(format!(".old-{key}"))).unwrap();
+    store.remove(&key).unwrap();
+    assert!(names(&store).is_empty());
+}
+
+#[test]
+fn one_in_use_stays_and_the_longest_unused_goes_first() {
+    let (_dir, store) = store(PLENTY);
+    let keys: Vec<Key> = (1..=4).map(|vcpus| published(&store, vcpus)).collect();
+    for (key, seconds) in keys.iter().zip([400, 300, 200, 100]) {
+        unused_for(&store, key, seconds);
+    }
+    let each = store.list().unwrap()[0].bytes;
+    // The second is used now, the first is used all the time.
+    drop(store.find(&keys[1]).unwrap().unwrap());
+    let in_use = store.find(&keys[0]).unwrap().unwrap();
+    unused_for(&store, &keys[0], 400);
+    assert!(matches!(store.remove(&keys[0]), Err(EvictError::InUse { .. })));
+    let evicted = store.prune(2 * each).unwrap();
+    assert_eq!(evicted.iter().map(|evicted| &evicted.key).collect::<Vec<_>>(), [&keys[2], &keys[3]]);
+    assert_eq!(store.prune(0).unwrap().len(), 1);
+    drop(in_use);
+    assert_eq!(store.prune(0).unwrap().len(), 1);
+    assert!(matches!(store.remove(&keys[0]), Err(EvictError::Missing { .. })));
+    assert!(names(&store).is_empty());
+}
+
+#[test]
+fn what_does_not_fit_its_manifest_is_refused() {
+    type Spoil = fn(&Path);
+    let cases: [(Spoil, &str); 7] = [
+        (|dir| fs::write(dir.join("memory"), [8; 100_000]).unwrap(), "memory has changed"),
+        (|dir| fs::write(dir.join("memory"), [7; 99_999]).unwrap(), "memory has 99999 bytes and not 100000"),
+        (|dir| fs::remove_file(dir.join("state")).unwrap(), "state is missing"),
+        (|dir| fs::write(dir.join("manifest.json"), "{").unwrap(), "manifest.json is none"),
+        (|dir| fs::write(dir.join("manifest.json"), vec![b' '; 2 << 20]).unwrap(), "manifest.json has 2097152 bytes"),
+        (
+            |dir| {
+                let text = fs::read_to_string(dir.join("manifest.json")).unwrap();
+                fs::write(dir.join("manifest.json"), text.replace("\"vcpus\": 1", "\"vcpus\": 2")).unwrap();
+            },
+            "manifest.json is that of another",
+        ),
+        // The memory of what was verified is no way round it.
+        (
+            |dir| {
+                fs::write(dir.join("memory"), [8; 100_000]).unwrap();
+                fs::write(dir.join("verified.json"), "{\"memory\": 1}").unwrap();
+            },
+            "memory has changed",
+        ),
+    ];
+    for (spoil, expected) in cases {
+        let (_dir, store) = store(PLENTY);
+        let key = published(&store, 1);
+        spoil(&store.root.join(key.as_str()));
+        let error = store.find(&key).unwrap_err().to_string();
+        assert!(error.contains(expected) && error.contains("chsnap snapshot rm"), "{error}");
+        assert!(store.verify(&key).is_err());
+        assert_eq!(store.list().unwrap().len(), 1);
+        store.remove(&key).unwrap();
+    }
+    // A copy is the same, once its digests were taken again.
+    let (_dir, store) = store(PLENTY);
+    let key = published(&store, 1);
+    let memory = store.root.join(key.as_str()).join("memory");
+    fs::remove_file(&memory).unwrap();
+    fs::write(&memory, MEMORY).unwrap();
+    assert!(store.find(&key).unwrap().is_some());
+    fs::remove_file(store.root.join(key.as_str()).join("manifest.json")).unwrap();
+    assert!(matches!(store.find(&key), Err(FindError::Io { .. })));
+}
+
+#[test]
+fn what_cannot_be_kept_is_refused_and_gone() {
+    let (_dir, store) = store(50_000);
+    let error = filled(&store, inputs()).publish(vec![]).unwrap_err();
+    assert!(matches!(error, BuildError::TooLarge { budget: 50_000, .. }), "{error}");
+    for strange in [|path: &Path| fs::create_dir(path).unwrap(), |path: &Path| symlink("/etc/passwd", path).unwrap()] {
+        let building = filled(&store, inputs());
+        strange(&building.dir().join("strange"));
+        let error = building.publish(vec![]).unwrap_err();
+        assert!(matches!(error, BuildError::Strange { .. }), "{error}");
+    }
+    assert!(names(&store).is_empty());
+}
+
+#[test]
+fn a_store_that_others_could_write_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    assert!(matches!(Store::open(dir.path(), PLENTY), Err(OpenError::Open { .. })));
+    let (_dir, store) = store(PLENTY);
+    assert_eq!(fs::metadata(&store.root).unwrap().permissions().mode() & 0o777, 0o700);
+    fs::write(store.root.join("file"), "").unwrap();
+    assert!(matches!(Store::open(&store.root.join("file"), PLENTY), Err(OpenError::Io { .. })));
+}
+
+/// Locks belong to open files, so threads are to each other what processes are.
+#[test]
+fn builders_readers_and_removers_at_once() {
+    let (_dir, store) = store(PLENTY);
+    let (done, found, built, removed) =
+        (AtomicBool::new(false), AtomicU32::new(0), AtomicU32::new(0), AtomicU32::new(0));
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    match store.build(inputs()) {
+                        Ok(building) => {
+                            fs::write(building.dir().join("memory"), MEMORY).unwrap();
+                            building.publish(vec![]).unwrap();
+                            built.fetch_add(1, Ordering::Relaxed);
+                        }
+                        Err(BuildError::Busy { .. } | BuildError::Exists { .. }) => thread::yield_now(),
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+            });
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    if let Some(found_one) = store.find(&inputs().key()).unwrap() {
+                        thread::yield_now();
+                        assert_eq!(fs::read(found_one.dir().join("memory")).unwrap(), MEMORY);
+                        found.fetch_add(1, Ordering::Relaxed);
+                    }
+                    // Else the readers would have it between them all the time.
+                    thread::sleep(Duration::from_millis(3));
+                }
+            });
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    match store.remove(&inputs().key()) {
+                        Ok(()) => drop(removed.fetch_add(1, Ordering::Relaxed)),
+                        Err(EvictError::InUse { .. } | EvictError::Missing { .. }) => {}
+                        Err(error) => panic!("{error}"),
+                    }
+                    thread::sleep(Duration::from_millis(1));
+                    store.prune(PLENTY).unwrap();
+                }
+            });
+        }
+        let enough = || [&found, &built, &removed].iter().all(|count| count.load(Ordering::Relaxed) >= 20);
+        let limit = SystemTime::now() + Duration::from_secs(60);
+        while !enough() && SystemTime::now() < limit {
+            thread::sleep(Duration::from_millis(5));
+        }
+        done.store(true, Ordering::Relaxed);
+        assert!(enough(), "found {found:?}, built {built:?}, removed {removed:?}");
+    });
+    store.prune(0).unwrap();
+    assert!(names(&store).is_empty());
+}
