@@ -167,7 +167,12 @@ impl State {
 
 /// Now, as `started_at` wants it.
 pub fn timestamp() -> String {
-    humantime::format_rfc3339_millis(SystemTime::now()).to_string()
+    rfc3339(SystemTime::now())
+}
+
+/// A time as people and programs write it, in UTC.
+pub fn rfc3339(at: SystemTime) -> String {
+    humantime::format_rfc3339_millis(at).to_string()
 }
 
 fn read(path: &Path) -> io::Result<Entry> {

@@ -43,6 +43,8 @@ pub struct Config {
     pub log: LogConfig,
     /// Where running pods are recorded.
     pub state: StateConfig,
+    /// Where snapshots are kept.
+    pub snapshot: SnapshotConfig,
 }
 
 /// `[guest]`
@@ -177,6 +179,22 @@ impl From<LogLevel> for log::LevelFilter {
             LogLevel::Debug => Self::Debug,
             LogLevel::Trace => Self::Trace,
         }
+    }
+}
+
+/// `[snapshot]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SnapshotConfig {
+    /// Kept over a reboot, and written by nobody else.
+    pub dir: PathBuf,
+    /// What all of them may take on the disk.
+    pub budget: Size,
+}
+
+impl Default for SnapshotConfig {
+    fn default() -> Self {
+        Self { dir: PathBuf::from("/var/lib/chsnap/snapshots"), budget: Size::mib(20 << 10) }
     }
 }
 

@@ -18,7 +18,11 @@ pub(super) async fn virtiofsd(config: &ShareConfig, scout: &mut Scout) -> Check 
     let name = "virtiofsd";
     match share::find_virtiofsd(config, scout).await {
         Ok(found) => Check::ok(name, format!("{} ({})", found.version, found.path.display())),
-        Err(error) => Check::missing(name, chain(&error), "`cargo install virtiofsd` brings one, `make install` installs the one that was built"),
+        Err(error) => Check::missing(
+            name,
+            chain(&error),
+            "`cargo install virtiofsd` brings one, `make install` installs the one that was built",
+        ),
     }
 }
 

@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 mod doctor;
 mod image;
 mod ps;
+mod snapshot;
 mod table;
 
 /// Looks after the microVMs that containerd-shim-chsnap-v2 runs.
@@ -27,6 +28,9 @@ enum Command {
     /// Make images
     #[command(subcommand)]
     Image(image::Command),
+    /// Look after the snapshots of this host
+    #[command(subcommand)]
+    Snapshot(snapshot::Command),
 }
 
 /// What a command ends with: its exit status, or why it could not do its work.
@@ -37,6 +41,7 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(&args),
         Command::Ps(args) => ps::run(&args),
         Command::Image(command) => image::run(command),
+        Command::Snapshot(command) => snapshot::run(&command),
     };
     match outcome {
         Ok(code) => code,

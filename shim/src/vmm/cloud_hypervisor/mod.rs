@@ -167,11 +167,12 @@ impl CloudHypervisor {
         if numbers < Some(OLDEST) {
             return Err(StartError::Old(version));
         }
-        Ok(match order {
+        match order {
             Order::Boot => machine::boot(api, spec, vsock).await?,
             Order::Wait => own::runs(api, spec.deadline).await?,
             Order::Restore(from) => snapshot::load(api, from).await?,
-        })
+        }
+        Ok(())
     }
 }
 

@@ -1,0 +1,175 @@
+//! `chsnap snapshot` as an operator types it.
+#![allow(clippy::unwrap_used)] // The helpers are test code too.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::PathBuf,
+    process::{Command, Output, Stdio},
+};
+
+use chsnap::{
+    snapshot::{Inputs, Key, Kind, Process, Refusal, Store, VmmBuild},
+    vmm::{Accelerator, Rung, VmmKind},
+};
+use serde_json::Value;
+use tempfile::TempDir;
+
+struct Host {
+    dir: TempDir,
+    config: PathBuf,
+    store: Store,
+}
+
+impl Host {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, config) = (dir.path().join("snapshots"), dir.path().join("config.toml"));
+        fs::write(&config, format!("[snapshot]\ndir = {root:?}\nbudget = \"1MiB\"\n")).unwrap();
+        let store = Store::open(&root, 1 << 20).unwrap();
+        Self { dir, config, store }
+    }
+
+    fn chsnap(&self, args: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_chsnap"));
+        command.arg("snapshot").args(args).arg("--config").arg(&self.config).stdin(Stdio::null());
+        command.output().unwrap()
+    }
+
+    fn says(&self, args: &[&str]) -> String {
+        let output = self.chsnap(args);
+        assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    fn fails(&self, args: &[&str]) -> String {
+        let output = self.chsnap(args);
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {}", text(&output.stdout));
+        text(&output.stderr)
+    }
+
+    fn json(&self, args: &[&str]) -> Value {
+        serde_json::from_str(&self.says(&[args, &["--json"]].concat())).unwrap()
+    }
+
+    fn build(&self, vcpus: u32) -> Key {
+        let building = self.store.build(inputs(vcpus)).unwrap();
+        fs::write(building.dir().join("machine"), vec![1; 100_000]).unwrap();
+        let why = "cannot save the machine: SetSysRegister: Invalid argument (os error 22)".into();
+        building.publish(vec![Refusal { rung: Rung::Standard, why }]).unwrap()
+    }
+
+    fn file(&self, key: &Key, name: &str) -> PathBuf {
+        self.dir.path().join("snapshots").join(key.as_str()).join(name)
+    }
+}
+
+fn inputs(vcpus: u32) -> Inputs {
+    Inputs {
+        kind: Kind::Image,
+        process: Some(Process {
+            chain_id: "sha256:1".into(),
+            args: vec!["python3".into(), "app.py".into()],
+            cwd: "/".into(),
+            user: "0:0".into(),
+            env: BTreeMap::new(),
+            ready: "notify".into(),
+        }),
+        vcpus,
+        memory_mib: 512,
+        kernel: "k".into(),
+        initramfs: "i".into(),
+        cmdline: vec![],
+        vmm: VmmBuild {
+            kind: VmmKind::CloudHypervisor,
+            accelerator: Accelerator::Kvm,
+            version: "53.0".into(),
+            program: "p".into(),
+        },
+        virtiofsd: ("1.14.0".into(), "v".into()),
+        cache: "auto".into(),
+        rung: Rung::NoPmu,
+        host_kernel: "6.12 #1".into(),
+        cpu: "Neoverse-N1".into(),
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+#[test]
+fn what_there_is_is_listed_and_shown() {
+    let host = Host::new();
+    assert_eq!(host.json(&["ls"]), Value::Array(vec![]));
+    let key = host.build(2);
+    let list = host.says(&["ls"]);
+    for word in [key.short(), "image", "cloud-hypervisor 53.0", "kvm", "no-pmu", "512MiB", "python3 app.py", "of 1MiB"]
+    {
+        assert!(list.contains(word), "{word}: {list}");
+    }
+    let rows = host.json(&["ls"]);
+    let row = &rows[0];
+    assert_eq!(row["key"], key.as_str());
+    assert_eq!(row["manifest"]["inputs"]["vmm"]["version"], "53.0");
+    assert!(row["bytes"].as_u64().unwrap() >= 100_000);
+    let shown = host.says(&["inspect", key.short()]);
+    for word in ["not on standard", "os error 22", "Neoverse-N1", "file machine", "100000 bytes"] {
+        assert!(shown.contains(word), "{word}: {shown}");
+    }
+    assert_eq!(host.json(&["inspect", key.as_str()])["manifest"]["refusals"][0]["rung"], "standard");
+}
+
+#[test]
+fn a_spoilt_one_is_told_and_can_only_be_removed() {
+    let host = Host::new();
+    let (good, bad) = (host.build(1), host.build(2));
+    assert_eq!(host.says(&["verify", "--all"]).lines().count(), 2);
+    fs::write(host.file(&bad, "machine"), vec![2; 100_000]).unwrap();
+    let said = host.fails(&["verify", "--all"]);
+    assert!(said.contains(bad.short()) && said.contains("machine has changed"), "{said}");
+    assert!(host.says(&["verify", good.short()]).contains("fits"));
+    fs::write(host.file(&bad, "manifest.json"), "{").unwrap();
+    assert!(host.says(&["ls"]).contains("manifest.json is none"));
+    assert!(host.fails(&["inspect", bad.short()]).contains("manifest.json is none"));
+    assert!(host.says(&["rm", bad.short()]).contains("removed"));
+    assert_eq!(host.json(&["ls"]).as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn what_is_in_use_stays() {
+    let host = Host::new();
+    let key = host.build(1);
+    let in_use = host.store.find(&key).unwrap().unwrap();
+    let said = host.fails(&["rm", "--all"]);
+    assert!(said.contains("is in use"), "{said}");
+    assert_eq!(host.json(&["prune", "--budget", "0"]), Value::Array(vec![]));
+    drop(in_use);
+    assert_eq!(host.json(&["prune", "--budget", "0"])[0]["key"], key.as_str());
+    assert!(host.fails(&["rm", key.short()]).contains("there is no snapshot"));
+}
+
+#[test]
+fn keys_are_found_by_their_beginning_if_that_is_enough() {
+    let host = Host::new();
+    (1..=17).for_each(|vcpus| drop(host.build(vcpus)));
+    // Of 17 keys two begin alike.
+    let keys: Vec<String> = host.store.list().unwrap().iter().map(|entry| entry.key.to_string()).collect();
+    let twice = keys.iter().find(|key| keys.iter().filter(|other| other[..1] == key[..1]).count() > 1).unwrap();
+    assert!(host.fails(&["inspect", &twice[..1]]).contains("several snapshots"));
+    assert!(host.fails(&["inspect", ""]).contains("several snapshots"));
+    assert!(host.fails(&["inspect", "x"]).contains("chsnap snapshot ls"));
+    // 17 of 100 kB are more than the budget.
+    assert!(!host.json(&["prune"]).as_array().unwrap().is_empty());
+    let rest: u64 = host.json(&["ls"]).as_array().unwrap().iter().map(|row| row["bytes"].as_u64().unwrap()).sum();
+    assert!(rest <= 1 << 20, "{rest}");
+}
+
+#[test]
+fn a_store_that_cannot_be_is_an_error() {
+    let host = Host::new();
+    fs::write(&host.config, "[snapshot]\ndir = \"/dev/null/x\"\n").unwrap();
+    assert!(host.fails(&["ls"]).contains("[snapshot] dir"));
+    fs::write(&host.config, "[snapshot]\nbudget = 3\n").unwrap();
+    assert!(host.fails(&["ls"]).contains("budget"));
+}
