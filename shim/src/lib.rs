@@ -9,6 +9,7 @@ pub mod cgroup;
 pub mod child;
 pub mod config;
 pub mod doctor;
+mod files;
 pub mod image;
 pub mod program;
 mod ring;

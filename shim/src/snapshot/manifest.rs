@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io::{self, Write},
+    io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
@@ -11,7 +11,10 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{BuildError, FindError, Inputs, Key, digest};
-use crate::vmm::Rung;
+use crate::{
+    files::{self, Identity},
+    vmm::Rung,
+};
 
 /// In a snapshot's directory.
 pub const MANIFEST: &str = "manifest.json";
@@ -55,27 +58,7 @@ pub struct Content {
     pub digest: String,
 }
 
-/// A file as it was when its digest was taken: any change of it changes one of these.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-struct Identity {
-    inode: u64,
-    size: u64,
-    modified: (i64, i64),
-    changed: (i64, i64),
-}
-
-impl Identity {
-    fn of(path: &Path) -> io::Result<Self> {
-        let meta = fs::symlink_metadata(path)?;
-        Ok(Self {
-            inode: meta.ino(),
-            size: meta.len(),
-            modified: (meta.mtime(), meta.mtime_nsec()),
-            changed: (meta.ctime(), meta.ctime_nsec()),
-        })
-    }
-}
-
+/// Files as they were when their digests were taken.
 type Verified = BTreeMap<String, Identity>;
 
 /// The files of a snapshot that is being built, written down to the disk.
@@ -101,7 +84,7 @@ impl Manifest {
         self.remember(dir).map_err(failed(dir.join(VERIFIED)))?;
         let path = dir.join(MANIFEST);
         let text = serde_json::to_vec_pretty(self).map_err(io::Error::from);
-        text.and_then(|text| store(&path, &text)).map_err(failed(path))
+        text.and_then(|text| files::replace(&path, &text)).map_err(failed(path))
     }
 
     /// Reads it, and looks whether the snapshot is what it says.
@@ -138,8 +121,8 @@ impl Manifest {
                 }
                 Err(source) => return Err(FindError::Io { path, source }),
             };
-            if found.size != content.size {
-                return Err(spoilt(format!("{name} has {} bytes and not {}", found.size, content.size)));
+            if found.size() != content.size {
+                return Err(spoilt(format!("{name} has {} bytes and not {}", found.size(), content.size)));
             }
             if thoroughly || known.get(name) != Some(&found) {
                 let digest = digest::of_file(&path).map_err(|source| FindError::Io { path, source })?;
@@ -167,13 +150,6 @@ impl Manifest {
     fn remember(&self, dir: &Path) -> io::Result<()> {
         let verified = self.files.keys().map(|name| Ok((name, Identity::of(&dir.join(name))?)));
         let verified = verified.collect::<io::Result<BTreeMap<_, _>>>()?;
-        store(&dir.join(VERIFIED), &serde_json::to_vec(&verified)?)
+        files::replace(&dir.join(VERIFIED), &serde_json::to_vec(&verified)?)
     }
-}
-
-/// All of a file or nothing, and on the disk.
-fn store(path: &Path, text: &[u8]) -> io::Result<()> {
-    let new = path.with_extension(format!("new-{}", std::process::id()));
-    let written = File::create(&new).and_then(|mut file| file.write_all(text).and_then(|()| file.sync_all()));
-    written.and_then(|()| fs::rename(&new, path)).inspect_err(|_| drop(fs::remove_file(&new)))
 }

@@ -6,13 +6,14 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
-    os::unix::fs::{MetadataExt, PermissionsExt},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
 
 use super::{Rung, kvm};
+use crate::files::{self, Identity};
 
 /// A larger file is not ours.
 const MAX_BYTES: u64 = 64 << 10;
@@ -53,27 +54,6 @@ struct VersionFinding {
 struct RungsFinding {
     file: Identity,
     rungs: BTreeSet<Rung>,
-}
-
-/// What changes when a file is replaced.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-struct Identity {
-    device: u64,
-    inode: u64,
-    size: u64,
-    modified: (i64, i64),
-}
-
-impl Identity {
-    fn of(path: &Path) -> io::Result<Self> {
-        let meta = fs::metadata(path)?;
-        Ok(Self {
-            device: meta.dev(),
-            inode: meta.ino(),
-            size: meta.size(),
-            modified: (meta.mtime(), meta.mtime_nsec()),
-        })
-    }
 }
 
 impl Memory {
@@ -146,14 +126,7 @@ impl Memory {
         let store = || -> io::Result<()> {
             let dir = self.path.parent().unwrap_or(Path::new("/"));
             fs::create_dir_all(dir)?;
-            let new = self.path.with_extension(format!("{}.new", std::process::id()));
-            let written = fs::write(&new, serde_json::to_vec(&self.findings)?)
-                .and_then(|()| fs::set_permissions(&new, fs::Permissions::from_mode(0o600)))
-                .and_then(|()| fs::rename(&new, &self.path));
-            if written.is_err() {
-                let _ = fs::remove_file(&new);
-            }
-            written
+            files::replace(&self.path, &serde_json::to_vec(&self.findings)?)
         };
         if let Err(error) = store() {
             log::debug!("cannot remember findings in {:?}: {error}", self.path);

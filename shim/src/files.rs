@@ -1,0 +1,64 @@
+//! Files that several processes read and write: how to know one again, and how to replace one in whole.
+
+use std::{fs, io, io::Write, os::unix::fs::MetadataExt, path::Path};
+
+use serde::{Deserialize, Serialize};
+use tempfile::NamedTempFile;
+
+/// What changes when a file is replaced or written to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Identity {
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Identity {
+    /// Of the file that `path` leads to.
+    pub(crate) fn of(path: &Path) -> io::Result<Self> {
+        let meta = fs::metadata(path)?;
+        Ok(Self {
+            device: meta.dev(),
+            inode: meta.ino(),
+            size: meta.size(),
+            modified: (meta.mtime(), meta.mtime_nsec()),
+            changed: (meta.ctime(), meta.ctime_nsec()),
+        })
+    }
+
+    /// Bytes from its beginning to its end.
+    pub(crate) fn size(&self) -> u64 {
+        self.size
+    }
+}
+
+/// Puts a file with these contents, for its owner alone, in the place of what has that name. A reader sees the old one
+/// or the new one, on the disk too, and whoever is killed meanwhile leaves the old one.
+pub(crate) fn replace(path: &Path, contents: &[u8]) -> io::Result<()> {
+    let mut file = NamedTempFile::new_in(path.parent().unwrap_or(Path::new("/")))?;
+    file.write_all(contents)?;
+    file.as_file().sync_all()?;
+    file.persist(path).map(drop).map_err(|error| error.error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_replaced_in_whole_and_known_to_be_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        replace(&path, b"one").unwrap();
+        let (one, open) = (Identity::of(&path).unwrap(), fs::File::open(&path).unwrap());
+        assert_eq!(Identity::of(&path).unwrap(), one);
+        replace(&path, b"two").unwrap();
+        assert_eq!(io::read_to_string(open).unwrap(), "one");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "two");
+        assert_ne!(Identity::of(&path).unwrap(), one);
+        assert!(replace(&dir.path().join("none/file"), b"").is_err());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+}
