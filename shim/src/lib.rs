@@ -10,6 +10,7 @@ pub mod child;
 pub mod config;
 pub mod doctor;
 mod files;
+mod guest;
 pub mod image;
 pub mod program;
 mod ring;

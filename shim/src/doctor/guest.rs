@@ -1,15 +1,12 @@
 //! What the guest boots.
 
 use std::{
-    fs::{self, File},
     io::{self, Read},
     path::Path,
 };
 
-use super::{
-    Check,
-    elf::{Elf, Machine},
-};
+use super::Check;
+use crate::guest::{self, Elf, KernelError, Machine};
 
 const BUILD: &str = "`make build` makes one, `make install` installs it";
 /// More is no initramfs for a container's guest.
@@ -18,59 +15,14 @@ const AGENT: &str = "sbin/chsnap-agent";
 
 /// An ELF vmlinux, or an arm64 Image.
 pub(super) fn kernel(path: &Path) -> Check {
-    let name = "guest kernel";
-    let read = match fs::metadata(path) {
-        Ok(data) if !data.is_file() => Err(io::Error::other("not a file")),
-        Ok(_) => fs::read(path),
-        Err(error) => Err(error),
-    };
-    let bytes = match read {
-        Ok(bytes) => bytes,
-        Err(error) => {
-            let mend = format!("{BUILD}; or name another in [guest] kernel");
-            return Check::missing(name, format!("{}: {error}", path.display()), mend);
+    let (name, shown) = ("guest kernel", path.display());
+    match guest::kernel(path) {
+        Ok(form) => Check::ok(name, format!("{shown} ({form})")),
+        Err(KernelError::Wrong { what, mend }) => Check::missing(name, format!("{shown} is {what}"), mend),
+        Err(KernelError::Unreadable(error)) => {
+            Check::missing(name, format!("{shown}: {error}"), format!("{BUILD}; or name another in [guest] kernel"))
         }
-    };
-    match kernel_form(&bytes, Machine::HOST) {
-        Ok(form) => Check::ok(name, format!("{} ({form})", path.display())),
-        Err((what, mend)) => Check::missing(name, format!("{} is {what}", path.display()), mend),
     }
-}
-
-/// The form, or what it is instead and what to do.
-fn kernel_form(bytes: &[u8], host: Machine) -> Result<String, (String, &'static str)> {
-    let at = |offset: usize, magic: &[u8]| bytes.get(offset..).is_some_and(|rest| rest.starts_with(magic));
-    let other = |machine: Machine| {
-        Err((
-            format!("a kernel for {}, and this host is {}", machine.name(), host.name()),
-            "name one of this architecture in [guest] kernel",
-        ))
-    };
-    if at(56, b"ARM\x64") {
-        return if host == Machine::Aarch64 { Ok("arm64 Image".into()) } else { other(Machine::Aarch64) };
-    }
-    if let Some(elf) = Elf::new(bytes) {
-        let machine = elf.machine();
-        return match machine {
-            _ if machine != host => other(machine),
-            Machine::Aarch64 => Err(("an ELF file".into(), "arm64 guests boot the Image, not the vmlinux")),
-            _ if !elf.is_executable() => Err(("an ELF file, but no kernel".into(), "name the uncompressed vmlinux")),
-            _ if !elf.has_pvh_entry() => {
-                Err(("a vmlinux without a PVH entry".into(), "build the kernel with CONFIG_PVH=y"))
-            }
-            _ => Ok("vmlinux for x86_64".into()),
-        };
-    }
-    if at(0x202, b"HdrS") {
-        return Err((
-            "a compressed bzImage".into(),
-            "name the uncompressed vmlinux; scripts/extract-vmlinux of the kernel's sources unpacks it",
-        ));
-    }
-    if at(0, &[0x1f, 0x8b]) {
-        return Err(("compressed with gzip".into(), "unpack it with gunzip and name the result"));
-    }
-    Err(("no kernel".into(), "name an uncompressed vmlinux (x86_64) or an Image (arm64) in [guest] kernel"))
 }
 
 /// A cpio archive with the agent in it.
@@ -93,10 +45,7 @@ pub(super) fn initramfs(path: &Path) -> Check {
 
 /// The machine that the agent in it was built for.
 fn agent_in(path: &Path) -> io::Result<Option<Machine>> {
-    if !fs::metadata(path)?.is_file() {
-        return Err(io::Error::other("not a file"));
-    }
-    let mut file = File::open(path)?;
+    let mut file = guest::open(path)?;
     let mut magic = Vec::new();
     (&mut file).take(6).read_to_end(&mut magic)?;
     let file = magic.as_slice().chain(file);
@@ -144,7 +93,9 @@ fn find_agent(archive: impl Read) -> io::Result<Option<Machine>> {
         if name == AGENT.as_bytes() {
             let mut start = Vec::new();
             content.take(64).read_to_end(&mut start)?;
-            return Elf::new(&start).map(|elf| Some(elf.machine())).ok_or_else(|| invalid("its agent is no program"));
+            return Elf::new(start.as_slice())
+                .map(|elf| Some(elf.machine()))
+                .ok_or_else(|| invalid("its agent is no program"));
         }
         let skipped = io::copy(&mut content, &mut io::sink())?;
         if skipped < size {

@@ -11,7 +11,6 @@ use crate::{
     vmm::{self, Taken},
 };
 
-mod elf;
 mod guest;
 mod host;
 mod machine;

@@ -8,6 +8,7 @@ use super::{DirError, ExposeError, PlanError};
 use crate::{
     agent::AgentError,
     cgroup::CgroupError,
+    guest::KernelError,
     share::{ShareError, VirtiofsdError},
     vmm::{BootError, ChannelError, SelectError},
 };
@@ -45,6 +46,15 @@ pub enum StartError {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// The kernel is none that a VMM can boot.
+    #[error("the guest kernel {path:?} cannot be booted")]
+    Kernel {
+        /// Where.
+        path: PathBuf,
+        /// What it is instead.
+        #[source]
+        source: KernelError,
     },
     /// The root file system.
     #[error(transparent)]

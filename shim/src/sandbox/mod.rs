@@ -1,6 +1,6 @@
 //! A pod's life: its share, its machine, its agent, from the first container's creation to the last one's end.
 
-use std::{fs, path::Path, sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use chsnap_protocol::agent::{CreateProcessResponse, InfoResponse, Stdio};
 use tokio::{
@@ -24,10 +24,13 @@ use machine::{boot, meet_agent, watch_over};
 pub use phases::Phases;
 pub use plan::{Division, Plan, PlanError};
 
+pub use crate::guest::KernelError;
+
 use crate::{
     agent::Agent,
     cgroup::Cgroup,
-    config::{AnnotationError, Config, Overrides, Shape},
+    config::{AnnotationError, Config, GuestConfig, Overrides, Shape},
+    guest,
     program::{Freshness, Scout},
     share::{self, Content, RootMount, Share, Virtiofsd},
     vmm::{self, Vm, VmSpec},
@@ -178,8 +181,7 @@ impl Sandbox {
         let mut scout = Scout::new(config, Freshness::Remembered);
         let driver = vmm::select(&request.overrides.vmm(&config.vmm), &mut scout).await?;
         let program = share::find_virtiofsd(&config.share, &mut scout).await?;
-        readable(&config.guest.kernel, "kernel")?;
-        readable(&config.guest.initramfs, "initramfs")?;
+        guest_files(&config.guest)?;
         phases.mark("select");
 
         let share = Share::create(parts.dir.path()).map_err(RootError::from)?;
@@ -330,8 +332,15 @@ async fn close_when_gone(mut gone: watch::Receiver<Option<String>>, exposed: Arc
     *exposed.lock().await = None;
 }
 
-fn readable(path: &Path, what: &'static str) -> Result<(), StartError> {
-    fs::File::open(path).map(drop).map_err(|source| StartError::GuestFile { what, path: path.into(), source })
+/// Refuses in the same words on every VMM what none could boot.
+fn guest_files(files: &GuestConfig) -> Result<(), StartError> {
+    let unreadable = |what, path: &Path, source| StartError::GuestFile { what, path: path.into(), source };
+    guest::kernel(&files.kernel).map_err(|e| match e {
+        KernelError::Unreadable(source) => unreadable("kernel", &files.kernel, source),
+        source => StartError::Kernel { path: files.kernel.clone(), source },
+    })?;
+    guest::open(&files.initramfs).map_err(|source| unreadable("initramfs", &files.initramfs, source))?;
+    Ok(())
 }
 
 /// Puts the container's root into the share; answers its specification for the agent.

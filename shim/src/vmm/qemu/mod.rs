@@ -155,7 +155,7 @@ fn advice(said: &str) -> &'static str {
         ("Cannot allocate memory", "; the host cannot give that much memory: lower the VM's memory"),
         ("cannot set up guest memory", "; the host cannot give that much memory: lower the VM's memory"),
         ("SMP CPUs", "; lower the number of vCPUs"),
-        ("could not load kernel", "; the kernel must be an ELF vmlinux, a bzImage or an arm64 Image"),
+        ("could not load kernel", "; the kernel must be an ELF vmlinux or an arm64 Image"),
     ];
     KNOWN.iter().find(|(text, _)| said.contains(text)).map_or("", |(_, advice)| advice)
 }
