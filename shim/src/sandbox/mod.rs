@@ -96,27 +96,35 @@ impl std::fmt::Debug for Sandbox {
     }
 }
 
-/// What has been built so far, to be taken down in order when a step fails.
-struct Parts {
+/// What the machine is put on, to be taken down in order when a step fails.
+struct Ground {
     dir: PodDir,
     share: Option<Share>,
     cgroup: Cgroup,
-    virtiofsd: Option<Virtiofsd>,
-    vm: Option<Box<dyn Vm>>,
 }
 
-impl Parts {
-    async fn take_down(&mut self) {
-        if let Some(vm) = self.vm.take() {
-            vm.kill().await;
-        }
-        if let Some(mut virtiofsd) = self.virtiofsd.take() {
-            virtiofsd.kill().await;
-        }
+impl Ground {
+    fn take_down(&mut self) {
         self.share = None;
         self.cgroup.remove();
         self.dir.remove();
     }
+}
+
+/// A machine that runs.
+struct Built {
+    vm: Box<dyn Vm>,
+    virtiofsd: Virtiofsd,
+    driver: (vmm::VmmKind, vmm::Accelerator),
+    met: Met,
+}
+
+/// A guest with its first container.
+struct Met {
+    agent: Agent,
+    info: InfoResponse,
+    streams: CreateProcessResponse,
+    exposed: Exposed,
 }
 
 impl Sandbox {
@@ -135,48 +143,43 @@ impl Sandbox {
             path => Cgroup::create(path, dir.path()),
         };
         let cgroup = cgroup.inspect_err(|_| dir.remove())?;
-        let mut parts = Parts { dir, share: None, cgroup, virtiofsd: None, vm: None };
-        let started = Self::build(request, first, &mut parts, phases).await;
-        let (agent, info, driver, streams, exposed) = match started {
-            Ok(started) => started,
+        let mut ground = Ground { dir, share: None, cgroup };
+        let Built { vm, virtiofsd, driver, met } = match Self::build(request, first, &mut ground, phases).await {
+            Ok(built) => built,
             Err(e) => {
-                parts.take_down().await;
+                ground.take_down();
                 return Err(e);
             }
         };
-        let (Some(vm), Some(virtiofsd)) = (parts.vm.take(), parts.virtiofsd.take()) else {
-            unreachable!("build() answers Ok only with both")
-        };
         let vm: Arc<dyn Vm> = Arc::from(vm);
         let (guard, gone) = watch_over(virtiofsd, Arc::clone(&vm));
-        let exposed = Arc::new(Mutex::new(Some(exposed)));
+        let exposed = Arc::new(Mutex::new(Some(met.exposed)));
         tokio::spawn(close_when_gone(gone.clone(), Arc::clone(&exposed)));
         let sandbox = Self {
-            dir: parts.dir,
-            agent,
-            info,
+            dir: ground.dir,
+            agent: met.agent,
+            info: met.info,
             vm,
             driver,
             shape: request.shape,
             overrides: request.overrides.clone(),
-            share: Mutex::new(parts.share.take()),
-            cgroup: Mutex::new(std::mem::take(&mut parts.cgroup)),
+            share: Mutex::new(ground.share),
+            cgroup: Mutex::new(ground.cgroup),
             exposed,
             guard,
             gone,
             stop_deadline: request.config.deadlines.stop.duration(),
         };
-        Ok((sandbox, streams))
+        Ok((sandbox, met.streams))
     }
 
-    #[allow(clippy::type_complexity)]
+    /// Starts virtiofsd and the machine; where it fails, neither runs.
     async fn build(
         request: &Request<'_>,
         first: &NewContainer<'_>,
-        parts: &mut Parts,
+        ground: &mut Ground,
         phases: &mut Phases,
-    ) -> Result<(Agent, InfoResponse, (vmm::VmmKind, vmm::Accelerator), CreateProcessResponse, Exposed), StartError>
-    {
+    ) -> Result<Built, StartError> {
         let config = request.config;
         let mut scout = Scout::new(config, Freshness::Remembered);
         let driver = vmm::select(&request.overrides.vmm(&config.vmm), &mut scout).await?;
@@ -184,12 +187,11 @@ impl Sandbox {
         guest_files(&config.guest)?;
         phases.mark("select");
 
-        let share = Share::create(parts.dir.path()).map_err(RootError::from)?;
-        let share = parts.share.insert(share);
+        let share = Share::create(ground.dir.path()).map_err(RootError::from)?;
+        let share = ground.share.insert(share);
         let spec_json = add_root(share, first)?;
-        let socket = parts.dir.path().join(SHARE_SOCKET);
-        let virtiofsd = Virtiofsd::spawn(&program, config.share.cache, share.dir(), &socket, parts.cgroup.dirs())?;
-        let virtiofsd = parts.virtiofsd.insert(virtiofsd);
+        let socket = ground.dir.path().join(SHARE_SOCKET);
+        let mut virtiofsd = Virtiofsd::spawn(&program, config.share.cache, share.dir(), &socket, ground.cgroup.dirs())?;
         phases.mark("share");
 
         let spec = VmSpec {
@@ -199,24 +201,49 @@ impl Sandbox {
             initramfs: config.guest.initramfs.clone(),
             cmdline: config.guest.cmdline_words(),
             share_socket: socket,
-            run_dir: parts.dir.path().into(),
-            cgroups: parts.cgroup.dirs().to_vec(),
+            run_dir: ground.dir.path().into(),
+            cgroups: ground.cgroup.dirs().to_vec(),
             rung: config.vmm.rung,
             snapshot_dir: None,
             deadline: config.deadlines.boot.duration(),
         };
-        let vm = parts.vm.insert(boot(&*driver, &spec, virtiofsd).await?);
+        let vm = match boot(&*driver, &spec, &mut virtiofsd).await {
+            Ok(vm) => vm,
+            Err(e) => {
+                virtiofsd.kill().await;
+                return Err(e);
+            }
+        };
         phases.mark("vmm");
 
-        let (agent, info) = meet_agent(&**vm, virtiofsd, config).await?;
+        match Self::meet(request, first, spec_json, &spec.run_dir, (&*vm, &mut virtiofsd), phases).await {
+            Ok(met) => Ok(Built { vm, virtiofsd, driver: (driver.kind(), driver.accelerator()), met }),
+            Err(e) => {
+                vm.kill().await;
+                virtiofsd.kill().await;
+                Err(e)
+            }
+        }
+    }
+
+    /// Has the agent create the first container.
+    async fn meet(
+        request: &Request<'_>,
+        first: &NewContainer<'_>,
+        spec_json: Vec<u8>,
+        dir: &Path,
+        (vm, virtiofsd): (&dyn Vm, &mut Virtiofsd),
+        phases: &mut Phases,
+    ) -> Result<Met, StartError> {
+        let (agent, info) = meet_agent(vm, virtiofsd, request.config).await?;
         // The guest's own clock says what vm_init.sh and the agent took; the rest of the wait is firmware and kernel.
         let init_to_ready = Duration::from_nanos(info.agent_ready_ns.saturating_sub(info.init_start_ns));
         phases.mark_two("kernel", "agent", init_to_ready);
         let streams =
             agent.create_container(first.id, spec_json, first.stdio.clone()).await.map_err(StartError::Container)?;
-        let exposed = Exposed::open(parts.dir.path(), &request.overrides.expose, &agent).await?;
+        let exposed = Exposed::open(dir, &request.overrides.expose, &agent).await?;
         phases.mark("container");
-        Ok((agent, info, (driver.kind(), driver.accelerator()), streams, exposed))
+        Ok(Met { agent, info, streams, exposed })
     }
 
     /// Adds a further container to the pod.
