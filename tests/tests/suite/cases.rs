@@ -78,20 +78,26 @@ macro_rules! errors {
     };
 }
 
+/// Why one case cannot be provoked here.
+pub fn unprovokable(name: &str) -> Option<&'static str> {
+    (name == "kvm_wanted" && kvm_may_work()).then_some("this machine has KVM, and it is about the want of it")
+}
+
+/// Not chsnap's own judgement: a driver that wrongly gives up must not hide its tests.
+fn kvm_may_work() -> bool {
+    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let virtual_x86 = ["vmx", "svm"].iter().any(|f| flags.split_whitespace().any(|w| w == *f));
+    std::path::Path::new("/dev/kvm").exists() && (!cfg!(target_arch = "x86_64") || virtual_x86)
+}
+
 /// Why Cloud Hypervisor cannot run here.
 pub fn no_cloud_hypervisor() -> Option<String> {
     let Some(program) = &Tools::get().cloud_hypervisor else {
         return Some("no cloud-hypervisor in PATH, nor named by CHSNAP_CLOUD_HYPERVISOR".into());
     };
-    // Not chsnap's own judgement: a driver that wrongly gives up must not hide its tests.
     let version = Command::new(program).arg("--version").output();
     if !version.is_ok_and(|v| v.status.success()) {
         return Some(format!("{} cannot be run", program.display()));
     }
-    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let virtual_x86 = ["vmx", "svm"].iter().any(|f| flags.split_whitespace().any(|w| w == *f));
-    if !std::path::Path::new("/dev/kvm").exists() || (cfg!(target_arch = "x86_64") && !virtual_x86) {
-        return Some("KVM does not run guests on this machine".into());
-    }
-    None
+    (!kvm_may_work()).then(|| "KVM does not run guests on this machine".into())
 }

@@ -173,13 +173,7 @@ fn port_busy(env: &Env) -> Result<String> {
 
 fn kvm_wanted(env: &Env) -> Result<String> {
     let container = with(env, |s| s.set("vmm", "accelerator", "\"kvm\""));
-    let output = container.command(["true"]).output()?;
-    if output.code == 0 {
-        // A machine on which KVM works has nothing to complain of; the row's own text stands for it.
-        let row = table::rows()?.into_iter().find(|r| r.name == "kvm_wanted");
-        return Ok(row.context("no row kvm_wanted")?.text);
-    }
-    failed(output, A_BOOT)
+    failed(container.command(["true"]).output()?, A_BOOT)
 }
 
 /// The configuration's key of this VMM's program.

@@ -92,7 +92,11 @@ fn trials() -> Vec<Trial> {
                 if here && (vmm != Vmm::Runc || reference) {
                     let name = format!("{vmm}/{version}/{topic}::{}", case.name);
                     let trial = Trial::test(name, move || run(vmm, version, case));
-                    trials.push(trial.with_ignored_flag(why_not.is_some()));
+                    let unprovokable = cases::unprovokable(case.name);
+                    if let (Some(why), None) = (unprovokable, &why_not) {
+                        println!("{vmm}: {topic}::{} is ignored: {why}", case.name);
+                    }
+                    trials.push(trial.with_ignored_flag(why_not.is_some() || unprovokable.is_some()));
                 }
             }
         }
