@@ -23,6 +23,12 @@ fn numbers(env: &Env) -> Result<()> {
     ensure!(number("/cpu/usage_usec")? > 1000, "{text}");
     ensure!(number("/pids/current")? == 1, "{text}");
     let table = env.ctr().text(["task", "metrics", &started.id])?;
-    ensure!(table.contains("memory.usage") && table.contains("cpuacct") || table.contains("cpu."), "{table}");
+    let row = |name: &str| {
+        let mut rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        rows.find(|row| row.first() == Some(&name))?.get(1)?.parse::<u64>().ok()
+    };
+    for (name, least) in [("memory.usage", 40_000_000), ("cpu.usage_usec", 1000), ("pids.current", 1)] {
+        ensure!(row(name).is_some_and(|value| value >= least), "{name} in {table}");
+    }
     started.remove()
 }
