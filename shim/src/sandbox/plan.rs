@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use chsnap_protocol::SHARE_MOUNT;
-use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxPersonalityDomain, Mount, Spec};
 use thiserror::Error;
 
 use crate::share::Bind;
@@ -207,6 +207,16 @@ fn check_features(spec: &Spec) -> Result<(), PlanError> {
     if find(LinuxNamespaceType::Pid).is_some_and(|n| n.path().is_some()) {
         return unsupported("another container's PID namespace".into(), "run without shareProcessNamespace");
     }
+    // Those of IPC, names and network are the sandbox's with CRI, and a pod has its own of each in the guest.
+    if find(LinuxNamespaceType::Mount).is_some_and(|n| n.path().is_some()) {
+        return unsupported("another mount namespace".into(), "give the container one of its own, without a path");
+    }
+    if linux.intel_rdt().is_some() {
+        return unsupported("Intel RDT (linux.intelRdt)".into(), "run without an RDT class");
+    }
+    if linux.personality().as_ref().is_some_and(|p| p.domain() != LinuxPersonalityDomain::PerLinux) {
+        return unsupported("an execution domain (linux.personality)".into(), "remove it from the specification");
+    }
     Ok(())
 }
 
@@ -299,12 +309,15 @@ mod tests {
     #[test]
     fn what_cannot_be_given_is_named() {
         type Change = fn(&mut serde_json::Value);
-        let cases: [(Change, &str); 7] = [
+        let cases: [(Change, &str); 10] = [
             (|v| v["hooks"] = json!({"poststart": [{"path": "/bin/x"}]}), "OCI hooks"),
             (|v| v["linux"]["devices"] = json!([{"path": "/dev/kvm", "type": "c"}]), "/dev/kvm"),
             (|v| v["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "ipc"}]), "network namespace"),
             (|v| v["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"})), "user namespace"),
             (|v| v["linux"]["namespaces"][0]["path"] = json!("/proc/1/ns/pid"), "PID namespace"),
+            (|v| v["linux"]["namespaces"][3]["path"] = json!("/proc/1/ns/mnt"), "another mount namespace"),
+            (|v| v["linux"]["intelRdt"] = json!({"closID": "gold"}), "linux.intelRdt"),
+            (|v| v["linux"]["personality"] = json!({"domain": "LINUX32"}), "linux.personality"),
             (|v| v["mounts"][0]["type"] = json!("nfs"), "\"nfs\""),
             (|v| v["process"]["args"] = json!([]), "process.args"),
         ];
@@ -312,6 +325,17 @@ mod tests {
             let error = Plan::of("web", spec(change)).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn a_sandbox_s_namespaces_are_no_reason_to_refuse() {
+        let sandbox = |v: &mut serde_json::Value| {
+            v["linux"]["namespaces"][1]["path"] = json!("/run/netns/cni-1");
+            v["linux"]["namespaces"][2]["path"] = json!("/proc/1/ns/ipc");
+            v["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "uts", "path": "/proc/1/ns/uts"}));
+            v["linux"]["personality"] = json!({"domain": "LINUX"});
+        };
+        Plan::of("web", spec(sandbox)).unwrap();
     }
 
     #[test]

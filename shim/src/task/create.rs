@@ -26,6 +26,9 @@ impl Service {
     pub(super) async fn create_container(&self, request: CreateTaskRequest) -> Result<Arc<Container>, TaskError> {
         let mut phases = Phases::start();
         usable_id(&request.id)?;
+        if let Some(from) = [&request.checkpoint, &request.parent_checkpoint].into_iter().find(|c| !c.is_empty()) {
+            return Err(TaskError::Checkpoint(from.clone()));
+        }
         let path = Path::new(&request.bundle).join("config.json");
         let spec = Spec::load(&path).map_err(|source| TaskError::Spec { path, source })?;
         let config = Config::load(options::config_path(request.options.as_ref())?.as_deref())?;

@@ -48,6 +48,11 @@ pub enum TaskError {
     /// An id that cannot be a directory's name.
     #[error("container id {0:?} is not usable: use letters, digits, '.', '_' and '-'")]
     Id(String),
+    /// Processes to be restored.
+    #[error(
+        "the checkpoint {0:?} cannot be restored: processes in a microVM have none; create the container without it"
+    )]
+    Checkpoint(String),
     /// The bundle's specification.
     #[error("cannot read the OCI specification {path:?}")]
     Spec {
@@ -124,6 +129,7 @@ impl TaskError {
             | Self::Stdio(_) => Code::INVALID_ARGUMENT,
             Self::Agent(AgentError::Refused { code, .. }) => *code,
             Self::Gone(_) => Code::UNAVAILABLE,
+            Self::Checkpoint(_) => Code::UNIMPLEMENTED,
             Self::Bundle { .. }
             | Self::Start(_)
             | Self::Container(_)

@@ -8,8 +8,8 @@ use nix::sys::signal::Signal;
 
 use crate::{
     errors_asked::{
-        foreign_pid_namespace, host_device, host_ipc, host_network, host_pid, id_too_long, mount_type, oci_hooks,
-        user_namespace,
+        checkpoint, foreign_mount_namespace, foreign_pid_namespace, host_device, host_ipc, host_network, host_pid,
+        id_too_long, intel_rdt, mount_type, oci_hooks, personality, user_namespace,
     },
     errors_host::{annotation_of_pod, pod_exists, shim_killed},
     share::Tmpfs,
@@ -19,7 +19,8 @@ crate::errors! {
     config_missing, config_directory, config_relative, config_syntax, config_unknown_key, config_unknown_table,
     config_bad_value, config_out_of_range, config_relative_value, annotation_unknown, annotation_value, annotation_of_pod,
     snapshot_required, vcpus_too_many, memory_too_large, limit_too_large,
-    host_network, host_pid, host_ipc, host_device, foreign_pid_namespace, user_namespace, oci_hooks, mount_type,
+    host_network, host_pid, host_ipc, host_device, foreign_pid_namespace, foreign_mount_namespace, user_namespace, oci_hooks,
+    intel_rdt, personality, checkpoint, mount_type,
     log_binary, bind_source_missing, cgroup_path, state_dir_unusable, state_dir_full, id_too_long, pod_exists, port_busy, kvm_wanted,
     vmm_missing, vmm_false, vmm_old, vmm_hangs, virtiofsd_missing, virtiofsd_false, virtiofsd_old, virtiofsd_of_qemu, virtiofsd_ends,
     kernel_missing, kernel_wrong, initramfs_missing, initramfs_wrong, init_fails, guest_panics, guest_hangs,

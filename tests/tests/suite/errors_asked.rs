@@ -2,8 +2,12 @@
 
 use std::fs;
 
-use anyhow::Result;
+use anyhow::{Result, bail, ensure};
 use chsnap_tests::Env;
+use containerd_shim_protos::{
+    api::CreateTaskRequest,
+    ttrpc::{self, context::with_duration},
+};
 use serde_json::{Value, json};
 
 use crate::errors::{AT_ONCE, failed, refused};
@@ -18,6 +22,10 @@ pub fn host_device(env: &Env) -> Result<String> {
 
 pub fn foreign_pid_namespace(env: &Env) -> Result<String> {
     refused(env.container().flags(["--with-ns", "pid:/proc/1/ns/pid"]))
+}
+
+pub fn foreign_mount_namespace(env: &Env) -> Result<String> {
+    refused(env.container().flags(["--with-ns", "mount:/proc/1/ns/mnt"]))
 }
 
 /// With a specification of one's own, for what `ctr` has no flag.
@@ -62,6 +70,30 @@ pub fn user_namespace(env: &Env) -> Result<String> {
 
 pub fn oci_hooks(env: &Env) -> Result<String> {
     specified(env, |spec| spec["hooks"] = json!({ "createRuntime": [{ "path": "/bin/true" }] }))
+}
+
+pub fn intel_rdt(env: &Env) -> Result<String> {
+    specified(env, |spec| spec["linux"]["intelRdt"] = json!({ "closID": "gold" }))
+}
+
+pub fn personality(env: &Env) -> Result<String> {
+    specified(env, |spec| spec["linux"]["personality"] = json!({ "domain": "LINUX32" }))
+}
+
+/// `ctr` takes one only with its image, so the shim of a pod is asked for a further container from it.
+pub fn checkpoint(env: &Env) -> Result<String> {
+    let started = env.container().sh("sleep 1000").start()?;
+    let request = CreateTaskRequest {
+        id: "restored".into(),
+        bundle: env.dir.display().to_string(),
+        checkpoint: "/some/checkpoint".into(),
+        ..Default::default()
+    };
+    let answer = started.shim()?.create(with_duration(AT_ONCE), &request);
+    let Err(ttrpc::Error::RpcStatus(status)) = answer else { bail!("{answer:?}") };
+    ensure!(status.code() == ttrpc::Code::UNIMPLEMENTED, "{status:?}");
+    started.remove()?;
+    Ok(status.message)
 }
 
 pub fn mount_type(env: &Env) -> Result<String> {
