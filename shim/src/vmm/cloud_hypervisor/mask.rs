@@ -66,11 +66,20 @@ mod tests {
     use crate::child;
 
     /// What a program under the filter gets for these requests and arguments, on a device that knows none of them.
-    async fn answers(rung: Rung, requests: &[(u64, u64)]) -> Vec<String> {
+    /// `own` is a filter that the program installs itself, as Cloud Hypervisor does.
+    async fn answers(rung: Rung, own: &BpfProgram, requests: &[(u64, u64)]) -> Vec<String> {
         const SCRIPT: &str = "\
-import fcntl, os, sys
+import ctypes, fcntl, os, sys
+own = bytes.fromhex(sys.argv[1])
+if own:
+    class Program(ctypes.Structure):
+        _fields_ = [('len', ctypes.c_ushort), ('filter', ctypes.c_char_p)]
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    # PR_SET_NO_NEW_PRIVS; PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    if prctl(38, 1, 0, 0, 0) or prctl(22, 2, ctypes.byref(Program(len(own) // 8, own))):
+        sys.exit(os.strerror(ctypes.get_errno()))
 fd = os.open('/dev/null', os.O_RDONLY)
-for pair in sys.argv[1:]:
+for pair in sys.argv[2:]:
     request, argument = map(int, pair.split(':'))
     try:
         print(fcntl.ioctl(fd, request, argument))
@@ -78,10 +87,32 @@ for pair in sys.argv[1:]:
         print(os.strerror(error.errno))
 ";
         let mut command = child::filtered(Path::new("python3"), &[], vec![], filter(rung).unwrap()).unwrap();
-        command.arg("-c").arg(SCRIPT).args(requests.iter().map(|(request, argument)| format!("{request}:{argument}")));
+        let own = own.iter().flat_map(|step| {
+            let [code, k] = [u64::from(step.code), u64::from(step.k)];
+            (code | u64::from(step.jt) << 16 | u64::from(step.jf) << 24 | k << 32).to_ne_bytes()
+        });
+        command.arg("-c").arg(SCRIPT).arg(own.map(|byte| format!("{byte:02x}")).collect::<String>());
+        command.args(requests.iter().map(|(request, argument)| format!("{request}:{argument}")));
         let output = command.output().await.unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect()
+    }
+
+    /// Of two filters the kernel takes the stricter answer, whichever was there first.
+    #[tokio::test]
+    async fn a_filter_of_the_program_s_own_neither_lifts_the_mask_nor_loses_to_it() {
+        const TCSETS: u64 = 0x5402;
+        let rules =
+            BTreeMap::from([(libc::SYS_ioctl, vec![SeccompRule::new(vec![request(TCSETS).unwrap()]).unwrap()])]);
+        let refused = SeccompAction::Errno(libc::EPERM as u32);
+        let arch = TargetArch::try_from(std::env::consts::ARCH).unwrap();
+        let own = SeccompFilter::new(rules, SeccompAction::Allow, refused, arch).unwrap().try_into().unwrap();
+        let requests = [(KVM_CHECK_EXTENSION, KVM_CAP_ARM_PMU_V3), (TCSETS, 0), (0x5401, 0)];
+        let through = "Inappropriate ioctl for device";
+        let masked = ["0", "Operation not permitted", through];
+        assert_eq!(answers(Rung::NoPmu, &own, &requests).await, masked);
+        assert_eq!(answers(Rung::NoPmu, &vec![], &requests).await, ["0", through, through]);
+        assert_eq!(answers(Rung::Standard, &own, &requests).await, [through, masked[1], through]);
     }
 
     #[tokio::test]
@@ -98,7 +129,7 @@ for pair in sys.argv[1:]:
             (0x5401, KVM_CAP_ARM_SVE),
         ];
         for (rung, masked) in [(Rung::Standard, 0), (Rung::NoPmu, 1), (Rung::Aggressive, 3)] {
-            let answers = answers(rung, &requests).await;
+            let answers = answers(rung, &vec![], &requests).await;
             for (number, answer) in answers.iter().enumerate() {
                 let expected = if number < masked { "0" } else { THROUGH };
                 assert_eq!(answer, expected, "{rung}, request {:?}", requests[number]);
