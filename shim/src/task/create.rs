@@ -3,7 +3,10 @@
 use std::{os::unix::ffi::OsStrExt, path::Path, sync::Arc};
 
 use chsnap_protocol::agent::CreateProcessResponse;
-use containerd_shim_protos::api::{CreateTaskRequest, Mount};
+use containerd_shim_protos::{
+    api::{CreateTaskRequest, Mount},
+    events::task::{TaskCreate, TaskIO},
+};
 use oci_spec::runtime::Spec;
 use tokio::sync::Mutex;
 
@@ -25,6 +28,7 @@ pub(super) const DIR_FILE: &str = "chsnap.dir";
 impl Service {
     pub(super) async fn create_container(&self, request: CreateTaskRequest) -> Result<Arc<Container>, TaskError> {
         let mut phases = Phases::start();
+        let mut created = created(&request);
         usable_id(&request.id)?;
         if let Some(from) = [&request.checkpoint, &request.parent_checkpoint].into_iter().find(|c| !c.is_empty()) {
             return Err(TaskError::Checkpoint(from.clone()));
@@ -82,6 +86,9 @@ impl Service {
             )
             .await?;
         let init = Arc::new(Process::new(&request.id, "", paths, streams, local, sandbox.pid()));
+        // From the next line on, an end may be told.
+        created.pid = init.pid();
+        self.events.publish(created).await;
         self.watch_created(&init, &sandbox);
         let container =
             Arc::new(Container { id: request.id.clone(), bundle: request.bundle, init, execs: Mutex::default() });
@@ -143,6 +150,21 @@ fn state_of(request: &Request<'_>, sandbox: &Sandbox, phases: &Phases) -> State 
         exposed: exposed.collect(),
         phases_us: phases.microseconds(),
     }
+}
+
+/// What is told of it, but for the number.
+fn created(request: &CreateTaskRequest) -> TaskCreate {
+    let mut io = TaskIO::new();
+    io.stdin = request.stdin.clone();
+    io.stdout = request.stdout.clone();
+    io.stderr = request.stderr.clone();
+    io.terminal = request.terminal;
+    let mut event = TaskCreate::new();
+    event.container_id = request.id.clone();
+    event.bundle = request.bundle.clone();
+    event.rootfs = request.rootfs.clone();
+    event.io = Some(io).into();
+    event
 }
 
 fn root_mount(m: &Mount) -> RootMount {

@@ -10,7 +10,7 @@ use containerd_shim_protos::{
         ResizePtyRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
         StatsResponse, Status, WaitRequest, WaitResponse,
     },
-    events::task::{TaskCreate, TaskDelete, TaskIO},
+    events::task::TaskDelete,
     shim_async::Task,
     ttrpc::r#async::TtrpcContext,
 };
@@ -35,22 +35,9 @@ async fn to_its_end<T: Send + 'static>(work: impl Future<Output = Result<T, Task
 #[async_trait]
 impl Task for Api {
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> Answer<CreateTaskResponse> {
-        let mut event = TaskCreate::new();
-        event.container_id = request.id.clone();
-        event.bundle = request.bundle.clone();
-        event.rootfs = request.rootfs.clone();
-        event.checkpoint = request.checkpoint.clone();
-        let mut io = TaskIO::new();
-        io.stdin = request.stdin.clone();
-        io.stdout = request.stdout.clone();
-        io.stderr = request.stderr.clone();
-        io.terminal = request.terminal;
-        event.io = Some(io).into();
         let service = Arc::clone(&self.0);
         to_its_end(async move {
             let container = service.create_container(request).await?;
-            event.pid = container.init.pid();
-            service.events.publish(event).await;
             let mut answer = CreateTaskResponse::new();
             answer.pid = container.init.pid();
             Ok(answer)
