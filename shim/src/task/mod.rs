@@ -39,6 +39,16 @@ struct Container {
     execs: Mutex<HashMap<String, Arc<Process>>>,
 }
 
+impl Container {
+    /// Waits until the ends of all execs that were started have been told.
+    async fn execs_settled(&self) {
+        let execs: Vec<_> = self.execs.lock().await.values().cloned().collect();
+        for exec in execs {
+            exec.settled().await;
+        }
+    }
+}
+
 /// The state behind the API.
 pub struct Service {
     namespace: String,

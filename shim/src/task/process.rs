@@ -67,7 +67,10 @@ pub struct Process {
     /// The local ends until the start.
     local: Mutex<Option<Local>>,
     life: watch::Sender<Life>,
+    /// Its end is still to be told to containerd.
+    owed: watch::Sender<bool>,
     pid: watch::Sender<u32>,
+    guest_pid: watch::Sender<u32>,
 }
 
 impl std::fmt::Debug for Local {
@@ -96,7 +99,9 @@ impl Process {
             turn: Mutex::default(),
             local: Mutex::new(Some(local)),
             life: watch::Sender::new(Life::Created),
+            owed: watch::Sender::new(false),
             pid: watch::Sender::new(pid),
+            guest_pid: watch::Sender::new(0),
         }
     }
 
@@ -117,20 +122,38 @@ impl Process {
         *self.pid.borrow()
     }
 
-    /// Sets the number reported to containerd.
-    pub fn set_pid(&self, pid: u32) {
-        self.pid.send_replace(pid);
+    /// The number in the guest; 0 before its start.
+    #[must_use]
+    pub fn guest_pid(&self) -> u32 {
+        *self.guest_pid.borrow()
     }
 
-    /// Its program runs.
-    pub fn running(&self) {
-        self.life.send_if_modified(|life| {
+    /// Its program runs, by this number in the guest. False where it has ended meanwhile.
+    pub fn running(&self, guest_pid: u32) -> bool {
+        self.guest_pid.send_replace(guest_pid);
+        if !self.exec.is_empty() {
+            self.pid.send_replace(guest_pid);
+        }
+        let runs = self.life.send_if_modified(|life| {
             let created = *life == Life::Created;
             if created {
                 *life = Life::Running;
             }
             created
         });
+        self.owed.send_replace(runs);
+        runs
+    }
+
+    /// Its end has been told.
+    pub fn told(&self) {
+        self.owed.send_replace(false);
+    }
+
+    /// Waits until no end of it is still to be told; a start that is under way decides first.
+    pub async fn settled(&self) {
+        drop(self.turn.lock().await);
+        let _ = self.owed.subscribe().wait_for(|owed| !owed).await;
     }
 
     /// It has ended. True the first time: an exit is told once.
@@ -166,5 +189,48 @@ impl Process {
     pub async fn close(&self) {
         *self.local.lock().await = None;
         self.relays.finish(STILL).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    async fn created() -> Arc<Process> {
+        let paths = Paths::default();
+        let local = Local::open(&paths).await.unwrap();
+        Arc::new(Process::new("web", "look", paths, CreateProcessResponse::default(), local, 0))
+    }
+
+    /// Whether no end of it is awaited.
+    async fn is_settled(process: &Process) -> bool {
+        timeout(Duration::from_millis(20), process.settled()).await.is_ok()
+    }
+
+    #[tokio::test]
+    async fn an_end_is_owed_from_the_start_until_it_is_told() {
+        let process = created().await;
+        assert!(is_settled(&process).await, "one that never ran has no end to tell");
+        let turn = process.turn.lock().await;
+        assert!(!is_settled(&process).await, "a start that is under way");
+        assert!(process.running(7));
+        drop(turn);
+        assert_eq!((process.pid(), process.guest_pid()), (7, 7));
+        assert!(process.stopped(Exit::now(0)));
+        assert!(!is_settled(&process).await, "ended, but not told");
+        process.told();
+        assert!(is_settled(&process).await);
+    }
+
+    #[tokio::test]
+    async fn what_has_ended_does_not_run() {
+        let process = created().await;
+        assert!(process.stopped(Exit::now(137)));
+        assert!(!process.running(7));
+        assert!(is_settled(&process).await, "its end was told, or it never began");
     }
 }

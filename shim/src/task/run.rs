@@ -26,6 +26,8 @@ const NOT_STARTED: u32 = 127;
 const KILLED: u32 = 128 + SIGKILL;
 /// How long after a broken channel the machine's end may take to show.
 const GRACE: Duration = Duration::from_secs(2);
+/// How long the end of a container waits for those of its execs, which the guest's kernel kills with it.
+const EXECS: Duration = Duration::from_secs(5);
 
 fn what(process: &Process) -> (&'static str, String) {
     if process.exec.is_empty() { ("container", process.container.clone()) } else { ("exec", process.exec.clone()) }
@@ -57,12 +59,13 @@ impl Service {
                 return Err(explain(&sandbox, e).await);
             }
         };
-        if !process.exec.is_empty() {
-            process.set_pid(pid);
+        if !process.running(pid) {
+            process.relays.finish(Duration::ZERO).await;
+            return Err(TaskError::Gone("it ended during the start".into()));
         }
-        process.running();
         self.tell_started(process).await;
-        self.watchers.add(watch(Arc::clone(&self.events), Arc::clone(process), sandbox));
+        let container = if process.exec.is_empty() { self.container(&process.container).await.ok() } else { None };
+        self.watchers.add(watch(Arc::clone(&self.events), Arc::clone(process), container, sandbox));
         Ok(process.pid())
     }
 
@@ -248,8 +251,9 @@ async fn watch_created(events: Arc<Events>, process: Arc<Process>, sandbox: Arc<
     }
 }
 
-/// Waits for a process's end and tells it, once, whatever ends first: the process or its machine.
-async fn watch(events: Arc<Events>, process: Arc<Process>, sandbox: Arc<Sandbox>) {
+/// Waits for a process's end and tells it, once, whatever ends first: the process or its machine. That of a container's
+/// own is told after those of its execs, as containerd's runc shim does: what hears of it forgets the container.
+async fn watch(events: Arc<Events>, process: Arc<Process>, container: Option<Arc<Container>>, sandbox: Arc<Sandbox>) {
     let mut gone = sandbox.gone();
     let exit = tokio::select! {
         answer = sandbox.agent().wait(&process.container, &process.exec) => match answer {
@@ -285,9 +289,15 @@ async fn watch(events: Arc<Events>, process: Arc<Process>, sandbox: Arc<Sandbox>
             Exit::now(KILLED)
         }
     };
+    if let Some(container) = container
+        && timeout(EXECS, container.execs_settled()).await.is_err()
+    {
+        log::warn!("container {}: ends before its execs", container.id);
+    }
     if process.stopped(exit.clone()) {
         tell_exit(&events, &process, &exit).await;
     }
+    process.told();
     process.relays.close_stdin();
 }
 

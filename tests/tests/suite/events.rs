@@ -1,7 +1,7 @@
 //! What containerd is told, in its own shim's order.
 
 use std::{
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Read},
     sync::mpsc,
     thread,
     time::{Duration, Instant},
@@ -18,7 +18,7 @@ use serde_json::Value;
 
 crate::cases! {
     Everywhere: in_order, killed;
-    Likewise: execs_that_never_ran;
+    Likewise: execs_end_first, execs_that_never_ran;
     Vms: out_of_memory;
 }
 
@@ -96,7 +96,6 @@ fn in_order(env: &Env) -> Result<()> {
     ];
     let seen = topics(&events);
     ensure!(seen[..expected.len().min(seen.len())] == expected, "{seen:?}");
-    // The second exec and the container it ended may end in any order.
     ensure!(seen.len() == 10 && seen[7..] == ["/tasks/exit", "/tasks/exit", "/tasks/delete"], "{seen:?}");
     let (create, start, exec, delete) =
         (&events[0].content, &events[1].content, &events[4].content, &events[9].content);
@@ -106,6 +105,7 @@ fn in_order(env: &Env) -> Result<()> {
     let main: Vec<_> = events.iter().filter(|e| e.topic == "/tasks/exit" && e.content["id"] == id.as_str()).collect();
     ensure!(main.len() == 1 && main[0].content["exit_status"] == 5, "{main:?}");
     ensure!(main[0].content["pid"] == create["pid"], "{main:?}");
+    ensure!(!env.is_vm() || events[8].content["id"] == id.as_str(), "the exec's end came last: {events:?}");
     ensure!(delete["exit_status"] == 5 && delete["pid"] == create["pid"], "{delete}");
     Ok(())
 }
@@ -139,6 +139,33 @@ fn out_of_memory(env: &Env) -> Result<()> {
     let expected = ["/tasks/create", "/tasks/start", "/tasks/oom", "/tasks/exit", "/tasks/delete"];
     ensure!(topics(&events) == expected, "{events:?}");
     ensure!(events[3].content["exit_status"] == 137, "{events:?}");
+    Ok(())
+}
+
+/// The end of a container's own process ends its execs, and is told last.
+fn execs_end_first(env: &Env) -> Result<()> {
+    let container = env.container().sh("sleep 1000");
+    let id = container.id.clone();
+    let mut events = follow(env, &id)?;
+    let started = container.start()?;
+    let names = ["one", "two", "three", "four"];
+    let mut execs = Vec::new();
+    for name in names {
+        let mut exec = started.exec_with(&["--exec-id", name], ["sh", "-c", "echo up; exec sleep 1000"]).start()?;
+        exec.child.stdout.take().context("no stdout")?.read_exact(&mut [0; 3])?;
+        execs.push(exec);
+    }
+    started.kill("SIGKILL")?.success()?;
+    for exec in execs {
+        exec.output()?.code(137)?;
+    }
+    env.ctr().wait_status(&id, "STOPPED")?;
+    started.remove()?;
+    let events = events("/tasks/delete")?;
+    let exits: Vec<&Value> = events.iter().filter(|e| e.topic == "/tasks/exit").map(|e| &e.content).collect();
+    ensure!(exits.len() == 5 && exits.iter().all(|e| e["exit_status"] == 137), "{exits:?}");
+    ensure!(exits[4]["id"] == id.as_str(), "the container's end was not told last: {exits:?}");
+    ensure!(names.iter().all(|name| exits.iter().any(|e| e["id"] == *name)), "{exits:?}");
     Ok(())
 }
 
