@@ -107,9 +107,9 @@ pub enum TaskError {
     /// The state file of `chsnap ps`.
     #[error("cannot record the pod")]
     Record(#[from] WriteError),
-    /// Statistics.
-    #[error("the statistics cannot be encoded")]
-    Stats(#[source] containerd_shim::Error),
+    /// Statistics, or what is told of a process.
+    #[error("the answer cannot be encoded")]
+    Encode(#[source] containerd_shim::Error),
 }
 
 impl TaskError {
@@ -135,7 +135,7 @@ impl TaskError {
             | Self::Container(_)
             | Self::Agent(_)
             | Self::Record(_)
-            | Self::Stats(_) => Code::UNKNOWN,
+            | Self::Encode(_) => Code::UNKNOWN,
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::{future::Future, sync::Arc};
 
 use async_trait::async_trait;
+use containerd_shim::util::convert_to_any;
 use containerd_shim_protos::{
     api::{
         CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
@@ -11,6 +12,7 @@ use containerd_shim_protos::{
         StatsResponse, Status, WaitRequest, WaitResponse,
     },
     events::task::TaskDelete,
+    shim::oci::ProcessDetails,
     shim_async::Task,
     ttrpc::r#async::TtrpcContext,
 };
@@ -135,11 +137,19 @@ impl Task for Api {
             Life::Running => self.0.machine().await?.agent().pids(&request.id).await.map_err(TaskError::from)?,
             _ => Vec::new(),
         };
+        let execs: Vec<_> = container.execs.lock().await.values().cloned().collect();
         let mut answer = PidsResponse::new();
-        // The container's own process goes by the VMM's number, as in State; the rest by the guest's.
-        for (i, pid) in guest.into_iter().enumerate() {
+        for pid in guest {
             let mut info = ProcessInfo::new();
-            info.pid = if i == 0 { container.init.pid() } else { pid };
+            info.pid = pid;
+            if pid == container.init.guest_pid() {
+                // By the VMM's number, as in State; the rest by the guest's.
+                info.pid = container.init.pid();
+            } else if let Some(exec) = execs.iter().find(|e| e.guest_pid() == pid && e.life() == Life::Running) {
+                let mut details = ProcessDetails::new();
+                details.exec_id = exec.exec.clone();
+                info.info = Some(convert_to_any(Box::new(details)).map_err(TaskError::Encode)?).into();
+            }
             answer.processes.push(info);
         }
         Ok(answer)
@@ -167,7 +177,7 @@ impl Task for Api {
         self.0.container(&request.id).await?;
         let measured = self.0.machine().await?.agent().stats(&request.id).await.map_err(TaskError::from)?;
         let mut answer = StatsResponse::new();
-        answer.stats = Some(stats::metrics(&measured).map_err(TaskError::Stats)?).into();
+        answer.stats = Some(stats::metrics(&measured).map_err(TaskError::Encode)?).into();
         Ok(answer)
     }
 

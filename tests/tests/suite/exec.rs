@@ -60,12 +60,18 @@ fn killed(env: &Env) -> Result<()> {
     exec.child.stdout.take().context("no stdout")?.read_exact(&mut [0; 3])?;
     let ctr = env.ctr();
     let mut list = String::new();
-    // Whatever brought the exec into the container's namespaces may still be on its way out.
+    // Whatever brought the exec into the container's namespaces may still be on its way out, and its output may be here
+    // before its start has been answered, until when it has no name.
     let two = eventually(Duration::from_secs(5), || {
         list = ctr.text(["task", "ps", &started.id]).ok()?;
-        (list.lines().count() == 3).then_some(())
+        (list.lines().count() == 3 && list.contains("victim")).then_some(())
     });
-    ensure!(two.is_some(), "not the two processes there are: {list}");
+    ensure!(two.is_some(), "not the two processes there are, the exec's by its name: {list}");
+    // The container's own goes by the task's number, and by no other name.
+    let tasks = ctr.text(["task", "ls"])?;
+    let task = tasks.lines().find(|line| line.starts_with(&started.id)).and_then(|line| line.split_whitespace().nth(1));
+    let own = |line: &&str| line.split_whitespace().eq([task.unwrap_or_default(), "-"]);
+    ensure!(list.lines().filter(own).count() == 1, "{task:?} is not the container's own: {list}");
     ctr.text(["task", "kill", "-s", "SIGKILL", "--exec-id", "victim", &started.id])?;
     exec.output()?.code(137)?;
     ensure!(ctr.status(&started.id)?.as_deref() == Some("RUNNING"), "the container died with its exec");
