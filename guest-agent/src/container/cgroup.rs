@@ -235,6 +235,8 @@ impl Cgroup {
             memory_kernel_stack: field(&memory, "kernel_stack"),
             memory_slab: field(&memory, "slab"),
             memory_inactive_file: field(&memory, "inactive_file"),
+            memory_pgfault: field(&memory, "pgfault"),
+            memory_pgmajfault: field(&memory, "pgmajfault"),
             memory_oom_kills: self.oom_kills(),
             pids_current: number("pids.current"),
             pids_max: limit("pids.max"),

@@ -27,6 +27,8 @@ pub fn metrics(s: &StatsResponse) -> Result<Any, containerd_shim::Error> {
     memory.kernel_stack = s.memory_kernel_stack;
     memory.slab = s.memory_slab;
     memory.inactive_file = s.memory_inactive_file;
+    memory.pgfault = s.memory_pgfault;
+    memory.pgmajfault = s.memory_pgmajfault;
     let mut events = MemoryEvents::new();
     events.oom_kill = s.memory_oom_kills;
     let mut pids = PidsStat::new();

@@ -20,6 +20,8 @@ fn numbers(env: &Env) -> Result<()> {
     };
     ensure!(number("/memory/usage")? > 40_000_000, "{text}");
     ensure!(number("/memory/anon")? > 40_000_000, "{text}");
+    // 40 MB of anonymous memory, in pages of 4 KiB, or one in 2 MiB.
+    ensure!(number("/memory/pgfault")? > 20, "{text}");
     ensure!(number("/cpu/usage_usec")? > 1000, "{text}");
     ensure!(number("/pids/current")? == 1, "{text}");
     let table = env.ctr().text(["task", "metrics", &started.id])?;
