@@ -163,7 +163,8 @@ fn execs_end_first(env: &Env) -> Result<()> {
     }
     env.ctr().wait_status(&id, "STOPPED")?;
     started.remove()?;
-    let events = events("/tasks/delete")?;
+    // By now all have come.
+    let events = events("/tasks/exit")?;
     let exits: Vec<&Value> = events.iter().filter(|e| e.topic == "/tasks/exit").map(|e| &e.content).collect();
     ensure!(exits.len() == 5 && exits.iter().all(|e| e["exit_status"] == 137), "{exits:?}");
     ensure!(exits[4]["id"] == id.as_str(), "the container's end was not told last: {exits:?}");
