@@ -43,7 +43,7 @@ finish() {
 }
 
 unpack() {
-  rm -rf "$DIR.new" || return
+  rm -rf "$DIR.new" && mkdir -p "${DIR%/*}" || return
   mmdebstrap --variant=extract --mode=root --architectures="$ARCH" --include="$PACKAGES" \
     --aptopt="$APT/$SUITE-$ARCH/acquire.conf" "$SUITE" "$DIR.new" "$APT/$SUITE-$ARCH/chsnap.sources" || return
   rm -f "$DIR.new/etc/apt/apt.conf.d/99mmdebstrap"
