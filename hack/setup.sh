@@ -55,8 +55,13 @@ cargo_version() { { "$1" --version 2>/dev/null || true; } | sed -n 's/^cargo \([
 
 # unpack_rust <directory>: the distribution's newest Rust, with programs in <directory>/bin.
 unpack_rust() {
+  fetch_debs "$(codename)" "$(host_arch)" "$1" deps cargo-web rustc-web rustfmt-web rust-web-clippy
+  rust_wrappers "$1"
+}
+
+# rust_wrappers <directory>: what makes unpacked programs run where they are.
+rust_wrappers() {
   local dir=$1 lib program
-  fetch_debs "$(codename)" "$(host_arch)" "$dir" deps cargo-web rustc-web rustfmt-web rust-web-clippy
   lib=$dir/usr/lib/$(multiarch "$(host_arch)")
   mkdir -p "$dir/bin"
   # Not plain sh, which drops variables such as cargo's CARGO_BIN_EXE_some-program.
@@ -76,6 +81,8 @@ WRAPPER
 # as it is.
 part_rust() {
   local v dir=$TOOLS/rust
+  # An earlier set-up's may be of an earlier kind.
+  [ ! -x "$dir/usr/bin/cargo" ] || rust_wrappers "$dir"
   v=$(cargo_version cargo)
   if [ -n "$v" ] && version_ge "$v" "$RUST_VERSION"; then return 0; fi
   say "cargo is ${v:-missing} and $RUST_VERSION is needed: taking the distribution's newest"
@@ -119,6 +126,7 @@ exec "$TOOLS/gcc-$arch/usr/bin/$gnu-gcc" --sysroot="$TOOLS/gcc-$arch" "\$@"
 WRAPPER
     chmod 755 "$BIN/$gnu-gcc"
   fi
+  [ ! -x "$dir/usr/bin/cargo" ] || rust_wrappers "$dir"
   if has_std rustc "$triple" || has_std "$dir/bin/rustc" "$triple"; then return 0; fi
   unpack_rust "$dir"
   fetch_debs "$(codename)" "$arch" "$tmp" alone libstd-rust-web-dev

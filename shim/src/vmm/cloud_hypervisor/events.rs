@@ -105,7 +105,7 @@ mod tests {
         assert_eq!(told(&(boot + &event("guest", "panic"))).await, (true, false));
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_panic_without_a_reboot_ends_after_its_last_words() {
         let (mut vmm, ours) = tokio::io::duplex(4096);
         let leash = Leash::new();
