@@ -12,6 +12,7 @@ use tokio::{
 mod dir;
 mod error;
 mod expose;
+mod features;
 mod machine;
 mod phases;
 mod plan;

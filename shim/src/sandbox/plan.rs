@@ -6,9 +6,10 @@
 use std::path::{Path, PathBuf};
 
 use chsnap_protocol::SHARE_MOUNT;
-use oci_spec::runtime::{LinuxNamespaceType, LinuxPersonalityDomain, Mount, Spec};
+use oci_spec::runtime::{Mount, Spec};
 use thiserror::Error;
 
+use super::features;
 use crate::share::Bind;
 
 /// A specification that cannot be honoured, or makes no sense.
@@ -79,14 +80,14 @@ impl Plan {
     /// # Errors
     /// See [`PlanError`].
     pub fn of(container: &str, mut spec: Spec) -> Result<Self, PlanError> {
-        check_features(&spec)?;
+        features::check(&spec)?;
         let readonly = spec.root().as_ref().ok_or(PlanError::Missing("root"))?.readonly().unwrap_or(false);
         let process = spec.process().as_ref().ok_or(PlanError::Missing("process"))?;
         if process.args().as_ref().is_none_or(Vec::is_empty) {
             return Err(PlanError::Missing("process.args"));
         }
         let terminal = process.terminal().unwrap_or(false);
-        let ignored = ignored(&spec);
+        let ignored = features::ignored(&spec);
         let mounts = spec.mounts().clone().unwrap_or_default().into_iter().map(wanted).collect::<Result<_, _>>()?;
         if spec.hostname().as_ref().is_none_or(String::is_empty) {
             // runc would leave the host's name there, which is not the guest's.
@@ -178,62 +179,6 @@ fn bind_in_guest(destination: PathBuf, source: PathBuf, options: &[String]) -> M
     m
 }
 
-fn check_features(spec: &Spec) -> Result<(), PlanError> {
-    let unsupported = |what: String, hint| Err(PlanError::Unsupported { what, hint });
-    if let Some(hooks) = spec.hooks()
-        && serde_json::to_value(hooks)?.as_object().is_some_and(|o| o.values().any(|v| !v.is_null()))
-    {
-        return unsupported("OCI hooks".into(), "remove them from the specification");
-    }
-    let linux = spec.linux().as_ref().ok_or(PlanError::Missing("linux section"))?;
-    if let Some(device) = linux.devices().iter().flatten().next() {
-        return unsupported(format!("the host's device {:?}", device.path()), "run without --device and --privileged");
-    }
-    let namespaces = linux.namespaces().clone().unwrap_or_default();
-    let find = |typ| namespaces.iter().find(|n| n.typ() == typ);
-    for (typ, name, hint) in [
-        (LinuxNamespaceType::Network, "the host's network namespace", "run without --net-host (hostNetwork)"),
-        (LinuxNamespaceType::Pid, "the host's PID namespace", "run without hostPID"),
-        (LinuxNamespaceType::Ipc, "the host's IPC namespace", "run without hostIPC"),
-        (LinuxNamespaceType::Mount, "the host's mount namespace", "give the container a mount namespace"),
-    ] {
-        if find(typ).is_none() {
-            return unsupported(name.into(), hint);
-        }
-    }
-    if find(LinuxNamespaceType::User).is_some() {
-        return unsupported("a user namespace".into(), "the VM isolates already; run without --uidmap");
-    }
-    if find(LinuxNamespaceType::Pid).is_some_and(|n| n.path().is_some()) {
-        return unsupported("another container's PID namespace".into(), "run without shareProcessNamespace");
-    }
-    // Those of IPC, names and network are the sandbox's with CRI, and a pod has its own of each in the guest.
-    if find(LinuxNamespaceType::Mount).is_some_and(|n| n.path().is_some()) {
-        return unsupported("another mount namespace".into(), "give the container one of its own, without a path");
-    }
-    if linux.intel_rdt().is_some() {
-        return unsupported("Intel RDT (linux.intelRdt)".into(), "run without an RDT class");
-    }
-    if linux.personality().as_ref().is_some_and(|p| p.domain() != LinuxPersonalityDomain::PerLinux) {
-        return unsupported("an execution domain (linux.personality)".into(), "remove it from the specification");
-    }
-    Ok(())
-}
-
-/// Confinement against the host's kernel, which the container never sees.
-fn ignored(spec: &Spec) -> Vec<&'static str> {
-    let process = spec.process().as_ref();
-    let linux = spec.linux().as_ref();
-    [
-        (linux.is_some_and(|l| l.seccomp().is_some()), "linux.seccomp"),
-        (process.is_some_and(|p| p.apparmor_profile().is_some()), "process.apparmorProfile"),
-        (process.is_some_and(|p| p.selinux_label().as_ref().is_some_and(|l| !l.is_empty())), "process.selinuxLabel"),
-    ]
-    .into_iter()
-    .filter_map(|(there, name)| there.then_some(name))
-    .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -309,7 +254,7 @@ mod tests {
     #[test]
     fn what_cannot_be_given_is_named() {
         type Change = fn(&mut serde_json::Value);
-        let cases: [(Change, &str); 10] = [
+        let cases: [(Change, &str); 16] = [
             (|v| v["hooks"] = json!({"poststart": [{"path": "/bin/x"}]}), "OCI hooks"),
             (|v| v["linux"]["devices"] = json!([{"path": "/dev/kvm", "type": "c"}]), "/dev/kvm"),
             (|v| v["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "ipc"}]), "network namespace"),
@@ -318,6 +263,15 @@ mod tests {
             (|v| v["linux"]["namespaces"][3]["path"] = json!("/proc/1/ns/mnt"), "another mount namespace"),
             (|v| v["linux"]["intelRdt"] = json!({"closID": "gold"}), "linux.intelRdt"),
             (|v| v["linux"]["personality"] = json!({"domain": "LINUX32"}), "linux.personality"),
+            (|v| v["process"]["scheduler"] = json!({"policy": "SCHED_FIFO", "priority": 1}), "process.scheduler"),
+            (
+                |v| v["process"]["ioPriority"] = json!({"class": "IOPRIO_CLASS_IDLE", "priority": 1}),
+                "process.ioPriority",
+            ),
+            (|v| v["linux"]["resources"] = json!({"cpu": {"cpus": "0-1"}}), "cpu.cpus"),
+            (|v| v["linux"]["resources"] = json!({"cpu": {"realtimeRuntime": 950_000}}), "cpu.realtimeRuntime"),
+            (|v| v["linux"]["resources"] = json!({"blockIO": {"weight": 10}}), "resources.blockIO"),
+            (|v| v["linux"]["resources"] = json!({"network": {"classID": 7}}), "resources.network"),
             (|v| v["mounts"][0]["type"] = json!("nfs"), "\"nfs\""),
             (|v| v["process"]["args"] = json!([]), "process.args"),
         ];
@@ -325,6 +279,17 @@ mod tests {
             let error = Plan::of("web", spec(change)).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn what_asks_for_nothing_is_no_reason_to_refuse() {
+        let nothing = json!({
+            "cpu": {"shares": 2, "cpus": "", "mems": "", "realtimeRuntime": 0},
+            "blockIO": {},
+            "network": {},
+            "hugepageLimits": [{"pageSize": "2MB", "limit": 0}]
+        });
+        Plan::of("web", spec(|v| v["linux"]["resources"] = nothing)).unwrap();
     }
 
     #[test]

@@ -53,6 +53,9 @@ pub enum TaskError {
         "the checkpoint {0:?} cannot be restored: processes in a microVM have none; create the container without it"
     )]
     Checkpoint(String),
+    /// A call that makes no sense here, or not yet.
+    #[error("a container in a microVM cannot be {0}")]
+    Unsupported(&'static str),
     /// The bundle's specification.
     #[error("cannot read the OCI specification {path:?}")]
     Spec {
@@ -129,7 +132,7 @@ impl TaskError {
             | Self::Stdio(_) => Code::INVALID_ARGUMENT,
             Self::Agent(AgentError::Refused { code, .. }) => *code,
             Self::Gone(_) => Code::UNAVAILABLE,
-            Self::Checkpoint(_) => Code::UNIMPLEMENTED,
+            Self::Checkpoint(_) | Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::Bundle { .. }
             | Self::Start(_)
             | Self::Container(_)

@@ -6,10 +6,10 @@ use async_trait::async_trait;
 use containerd_shim::util::convert_to_any;
 use containerd_shim_protos::{
     api::{
-        CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
-        DeleteResponse, Empty, ExecProcessRequest, KillRequest, PidsRequest, PidsResponse, ProcessInfo,
-        ResizePtyRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
-        StatsResponse, Status, WaitRequest, WaitResponse,
+        CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
+        DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse,
+        ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest,
+        StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
     },
     events::task::TaskDelete,
     shim::oci::ProcessDetails,
@@ -179,6 +179,22 @@ impl Task for Api {
         let mut answer = StatsResponse::new();
         answer.stats = Some(stats::metrics(&measured).map_err(TaskError::Encode)?).into();
         Ok(answer)
+    }
+
+    async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> Answer<Empty> {
+        Err(TaskError::Unsupported("paused: send its processes SIGSTOP instead").into())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> Answer<Empty> {
+        Err(TaskError::Unsupported("paused, so there is nothing to resume").into())
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> Answer<Empty> {
+        Err(TaskError::Unsupported("checkpointed").into())
+    }
+
+    async fn update(&self, _: &TtrpcContext, _: UpdateTaskRequest) -> Answer<Empty> {
+        Err(TaskError::Unsupported("given other limits while it runs: create it anew with them").into())
     }
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Answer<ConnectResponse> {

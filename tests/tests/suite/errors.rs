@@ -8,10 +8,13 @@ use nix::sys::signal::Signal;
 
 use crate::{
     errors_asked::{
-        checkpoint, foreign_mount_namespace, foreign_pid_namespace, host_device, host_ipc, host_network, host_pid,
-        id_too_long, intel_rdt, mount_type, oci_hooks, personality, user_namespace,
+        checkpoint, disk_limits, foreign_mount_namespace, foreign_pid_namespace, host_cpus, host_device, host_ipc,
+        host_network, host_pid, id_too_long, intel_rdt, mount_type, oci_hooks, pause, personality, scheduling,
+        user_namespace,
     },
-    errors_host::{annotation_of_pod, pod_exists, shim_killed},
+    errors_host::{
+        annotation_of_pod, pod_exists, shim_killed, shim_killed_in_boot, virtiofsd_killed_in_boot, vmm_killed_in_boot,
+    },
     share::Tmpfs,
 };
 
@@ -20,10 +23,11 @@ crate::errors! {
     config_bad_value, config_out_of_range, config_relative_value, annotation_unknown, annotation_value, annotation_of_pod,
     snapshot_required, vcpus_too_many, memory_too_large, limit_too_large,
     host_network, host_pid, host_ipc, host_device, foreign_pid_namespace, foreign_mount_namespace, user_namespace, oci_hooks,
-    intel_rdt, personality, checkpoint, mount_type,
+    intel_rdt, personality, scheduling, host_cpus, disk_limits, checkpoint, pause, mount_type,
     log_binary, bind_source_missing, cgroup_path, state_dir_unusable, state_dir_full, id_too_long, pod_exists, port_busy, kvm_wanted,
     vmm_missing, vmm_false, vmm_old, vmm_hangs, virtiofsd_missing, virtiofsd_false, virtiofsd_old, virtiofsd_of_qemu, virtiofsd_ends,
     kernel_missing, kernel_wrong, initramfs_missing, initramfs_wrong, init_fails, guest_panics, guest_hangs,
+    vmm_killed_in_boot, virtiofsd_killed_in_boot, shim_killed_in_boot,
     guest_crashes, vmm_killed, virtiofsd_killed, shim_killed, agent_silent,
     program_missing, exec_missing, exec_stopped, exec_twice, kill_finished,
 }

@@ -80,6 +80,29 @@ pub fn personality(env: &Env) -> Result<String> {
     specified(env, |spec| spec["linux"]["personality"] = json!({ "domain": "LINUX32" }))
 }
 
+pub fn host_cpus(env: &Env) -> Result<String> {
+    specified(env, |spec| spec["linux"]["resources"] = json!({ "cpu": { "cpus": "0" } }))
+}
+
+pub fn disk_limits(env: &Env) -> Result<String> {
+    specified(env, |spec| spec["linux"]["resources"] = json!({ "blockIO": { "weight": 10 } }))
+}
+
+pub fn scheduling(env: &Env) -> Result<String> {
+    specified(env, |spec| spec["process"]["scheduler"] = json!({ "policy": "SCHED_FIFO", "priority": 1 }))
+}
+
+/// The container goes on.
+pub fn pause(env: &Env) -> Result<String> {
+    let started = env.container().sh("sleep 1000").start()?;
+    let message = failed(env.ctr().output(["task", "pause", &started.id])?, AT_ONCE)?;
+    let resumed = failed(env.ctr().output(["task", "resume", &started.id])?, AT_ONCE)?;
+    ensure!(resumed.contains("cannot be paused, so there is nothing to resume"), "{resumed}");
+    ensure!(started.sh("echo still here")? == "still here");
+    started.remove()?;
+    Ok(message)
+}
+
 /// `ctr` takes one only with its image, so the shim of a pod is asked for a further container from it.
 pub fn checkpoint(env: &Env) -> Result<String> {
     let started = env.container().sh("sleep 1000").start()?;

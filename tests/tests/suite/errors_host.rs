@@ -16,7 +16,7 @@ pub fn pod_exists(env: &Env) -> Result<String> {
     let started = env.container().annotation("io.chsnap.expose", "8080").start()?;
     started.wait_log("listening on port 8080")?;
     let other = if env.daemon.version == Version::V1_6 { Version::V2_1 } else { Version::V1_6 };
-    let there = Env::new(Containerd::of(other)?, env.vmm)?;
+    let there = Env::new(Containerd::of(other, env.daemon.lane)?, env.vmm)?;
     let same_namespace = |args: &[&str]| there.ctr().run(args).env("CONTAINERD_NAMESPACE", &env.daemon.namespace);
     same_namespace(&["image", "import"]).arg(&Tools::get().image).limit(Duration::from_secs(120)).text()?;
     let twin = there.container().id(&started.id).settings(|s| s.path("state", "dir", env.daemon.pods()));
@@ -63,4 +63,26 @@ pub fn shim_killed(env: &Env) -> Result<String> {
     env.ctr().text(["container", "rm", &started.id])?;
     started.forget();
     Ok(message)
+}
+
+/// Kills the process of that name as soon as the VMM is there, which is long before the guest is.
+fn killed_in_boot(env: &Env, name: &str) -> Result<String> {
+    let run = env.container().command(["true"]).run()?.start()?;
+    let there = eventually(Duration::from_secs(20), || env.process(env.vmm_name()).ok());
+    ensure!(there.is_some(), "no VMM was started: {}", run.output()?.whole());
+    kill(env.process(name)?.pid, Signal::SIGKILL)?;
+    failed(run.output()?, A_BOOT)
+}
+
+pub fn vmm_killed_in_boot(env: &Env) -> Result<String> {
+    killed_in_boot(env, env.vmm_name())
+}
+
+pub fn virtiofsd_killed_in_boot(env: &Env) -> Result<String> {
+    killed_in_boot(env, "virtiofsd")
+}
+
+/// containerd tells that its connection has ended, and cleans up.
+pub fn shim_killed_in_boot(env: &Env) -> Result<String> {
+    killed_in_boot(env, "containerd-shim-chsnap")
 }

@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use chsnap_tests::{Env, Run, Tools, eventually, kill};
+use chsnap_tests::{Env, Run, Started, Tools, eventually, kill};
 use nix::sys::signal::Signal;
 
 crate::cases! {
     Everywhere: containerd_restarts, ended_while_containerd_was_away;
-    Vms: shim_killed, shim_terminated, shim_stands_still;
+    Vms: containerd_ends_in_boot, shim_killed, shim_terminated, shim_stands_still;
 }
 
 fn containerd_restarts(env: &Env) -> Result<()> {
@@ -58,6 +58,27 @@ fn nothing_is_left(env: &Env) -> Result<()> {
     let left = || names.iter().flat_map(|n| env.processes(n)).collect::<Vec<_>>();
     let gone = eventually(Duration::from_secs(15), || left().is_empty().then_some(()));
     ensure!(gone.is_some(), "still there: {:?}", left());
+    Ok(())
+}
+
+/// A shim whose containerd goes away while its guest boots: what comes of the container is containerd's choice, but it
+/// can be removed, and the name used again.
+fn containerd_ends_in_boot(env: &Env) -> Result<()> {
+    let container = env.container().sh("sleep 1000");
+    let id = container.id.clone();
+    let run = container.ctr(&["run"], &["-d"], None)?.start()?;
+    let started = Started::adopt(env, &id);
+    let there = eventually(Duration::from_secs(20), || env.process(env.vmm_name()).ok());
+    ensure!(there.is_some(), "no VMM was started");
+    env.daemon.terminate()?;
+    let output = run.output()?;
+    ensure!(output.code != 0, "{}", output.whole());
+    env.daemon.start()?;
+    env.ctr().output(["task", "rm", "-f", &id])?;
+    nothing_is_left(env)?;
+    env.ctr().text(["container", "rm", &id])?;
+    started.forget();
+    env.container().id(&id).command(["true"]).output()?.success()?;
     Ok(())
 }
 
