@@ -18,19 +18,24 @@ pub(crate) struct Identity {
 impl Identity {
     /// Of the file that `path` leads to.
     pub(crate) fn of(path: &Path) -> io::Result<Self> {
-        let meta = fs::metadata(path)?;
-        Ok(Self {
-            device: meta.dev(),
-            inode: meta.ino(),
-            size: meta.size(),
-            modified: (meta.mtime(), meta.mtime_nsec()),
-            changed: (meta.ctime(), meta.ctime_nsec()),
-        })
+        Ok(Self::from(&fs::metadata(path)?))
     }
 
     /// Bytes from its beginning to its end.
     pub(crate) fn size(&self) -> u64 {
         self.size
+    }
+}
+
+impl From<&fs::Metadata> for Identity {
+    fn from(meta: &fs::Metadata) -> Self {
+        Self {
+            device: meta.dev(),
+            inode: meta.ino(),
+            size: meta.size(),
+            modified: (meta.mtime(), meta.mtime_nsec()),
+            changed: (meta.ctime(), meta.ctime_nsec()),
+        }
     }
 }
 

@@ -83,7 +83,9 @@ pub enum BuildError {
         budget: u64,
     },
     /// What was saved cannot be kept.
-    #[error("the snapshot cannot consist of {path:?}: only plain files can be kept")]
+    #[error(
+        "the snapshot cannot consist of {path:?}: only plain files, and the directory of the root difference, can be kept"
+    )]
     Strange {
         /// What it is.
         path: PathBuf,

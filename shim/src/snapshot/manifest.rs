@@ -10,7 +10,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{BuildError, FindError, Inputs, Key, digest};
+use super::{
+    BuildError, FindError, Inputs, Key, digest,
+    tree::{self, Tree},
+};
 use crate::{
     files::{self, Identity},
     vmm::Rung,
@@ -20,6 +23,8 @@ use crate::{
 pub const MANIFEST: &str = "manifest.json";
 /// Beside it: which files were found to have their digests, and how to know them again.
 const VERIFIED: &str = "verified.json";
+/// Beside it, in an image snapshot: the root difference.
+pub const ROOT: &str = "root";
 /// A longer one is not ours.
 const MAX_BYTES: u64 = 1 << 20;
 
@@ -38,6 +43,9 @@ pub struct Manifest {
     pub refusals: Vec<Refusal>,
     /// Its files by name.
     pub files: BTreeMap<String, Content>,
+    /// The root difference, of an image snapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root: Option<Tree>,
 }
 
 /// A rung on which no snapshot worked.
@@ -58,23 +66,50 @@ pub struct Content {
     pub digest: String,
 }
 
-/// Files as they were when their digests were taken.
-type Verified = BTreeMap<String, Identity>;
+/// What was verified, as it was then.
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Verified {
+    files: BTreeMap<String, Identity>,
+    root: Option<String>,
+}
 
-/// The files of a snapshot that is being built, written down to the disk.
-pub fn take_stock(dir: &Path) -> Result<BTreeMap<String, Content>, BuildError> {
+impl Verified {
+    /// What is there now.
+    fn now(dir: &Path, manifest: &Manifest) -> io::Result<Self> {
+        let files = manifest.files.keys().map(|name| Ok((name.clone(), Identity::of(&dir.join(name))?)));
+        let root = manifest.root.as_ref().map(|_| tree::identity(&dir.join(ROOT))).transpose()?;
+        Ok(Self { files: files.collect::<io::Result<_>>()?, root })
+    }
+
+    fn read(dir: &Path) -> Self {
+        fs::read(dir.join(VERIFIED)).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default()
+    }
+}
+
+/// What a snapshot that is being built consists of, written down to the disk.
+pub fn take_stock(dir: &Path) -> Result<(BTreeMap<String, Content>, Option<Tree>), BuildError> {
     let failed = |path: &Path, source| BuildError::Io { path: path.into(), source };
-    let mut files = BTreeMap::new();
+    let (mut files, mut root) = (BTreeMap::new(), None);
     for entry in fs::read_dir(dir).map_err(|error| failed(dir, error))? {
         let path = entry.map_err(|error| failed(dir, error))?.path();
         let meta = fs::symlink_metadata(&path).map_err(|error| failed(&path, error))?;
         let name = path.file_name().and_then(|name| name.to_str());
-        let (true, Some(name)) = (meta.is_file(), name) else { return Err(BuildError::Strange { path }) };
-        let digest = File::open(&path).and_then(|file| file.sync_all()).and_then(|()| digest::of_file(&path));
-        let digest = digest.map_err(|error| failed(&path, error))?;
-        files.insert(name.to_owned(), Content { size: meta.len(), digest });
+        match name {
+            Some(ROOT) if meta.is_dir() => {
+                // One call for all of its files.
+                let synced = File::open(&path).and_then(|top| Ok(nix::unistd::syncfs(&top)?));
+                let stock = synced.and_then(|()| tree::take_stock(&path));
+                root = Some(stock.map_err(|error| failed(&path, error))?);
+            }
+            Some(name) if meta.is_file() => {
+                let digest = File::open(&path).and_then(|file| file.sync_all()).and_then(|()| digest::of_file(&path));
+                let digest = digest.map_err(|error| failed(&path, error))?;
+                files.insert(name.to_owned(), Content { size: meta.len(), digest });
+            }
+            _ => return Err(BuildError::Strange { path }),
+        }
     }
-    Ok(files)
+    Ok((files, root))
 }
 
 impl Manifest {
@@ -109,8 +144,7 @@ impl Manifest {
     /// taken last; of all, with `thoroughly`.
     pub fn check(&self, dir: &Path, thoroughly: bool) -> Result<(), FindError> {
         let spoilt = |what: String| FindError::Spoilt { key: self.key.clone(), what };
-        let known: Verified =
-            fs::read(dir.join(VERIFIED)).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
+        let known = Verified::read(dir);
         let mut looked = false;
         for (name, content) in &self.files {
             let path = dir.join(name);
@@ -124,12 +158,29 @@ impl Manifest {
             if found.size() != content.size {
                 return Err(spoilt(format!("{name} has {} bytes and not {}", found.size(), content.size)));
             }
-            if thoroughly || known.get(name) != Some(&found) {
+            if thoroughly || known.files.get(name) != Some(&found) {
                 let digest = digest::of_file(&path).map_err(|source| FindError::Io { path, source })?;
                 if digest != content.digest {
                     return Err(spoilt(format!(
                         "{name} has changed: its digest is {digest} and not {}",
                         content.digest
+                    )));
+                }
+                looked = true;
+            }
+        }
+        if let Some(content) = &self.root {
+            let path = dir.join(ROOT);
+            let failed = |source| FindError::Io { path: path.clone(), source };
+            if !path.is_dir() {
+                return Err(spoilt(format!("{ROOT} is missing")));
+            }
+            if thoroughly || known.root != Some(tree::identity(&path).map_err(failed)?) {
+                let found = tree::take_stock(&path).map_err(failed)?;
+                if found.digest != content.digest {
+                    return Err(spoilt(format!(
+                        "{ROOT} has changed: its digest is {} and not {}",
+                        found.digest, content.digest
                     )));
                 }
                 looked = true;
@@ -144,12 +195,12 @@ impl Manifest {
     /// Bytes on the disk.
     pub fn bytes(&self, dir: &Path) -> u64 {
         let names = self.files.keys().map(String::as_str).chain([MANIFEST, VERIFIED]);
-        names.filter_map(|name| fs::symlink_metadata(dir.join(name)).ok()).map(|meta| meta.blocks() * 512).sum()
+        let files = names.filter_map(|name| fs::symlink_metadata(dir.join(name)).ok()).map(|meta| meta.blocks() * 512);
+        files.chain(self.root.as_ref().map(|root| root.bytes)).sum()
     }
 
     fn remember(&self, dir: &Path) -> io::Result<()> {
-        let verified = self.files.keys().map(|name| Ok((name, Identity::of(&dir.join(name))?)));
-        let verified = verified.collect::<io::Result<BTreeMap<_, _>>>()?;
+        let verified = Verified::now(dir, self)?;
         files::replace(&dir.join(VERIFIED), &serde_json::to_vec(&verified)?)
     }
 }

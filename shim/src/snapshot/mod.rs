@@ -11,9 +11,11 @@ mod manifest;
 mod store;
 #[cfg(test)]
 mod store_tests;
+mod tree;
 
 pub use error::{BuildError, EvictError, FindError, ListError, OpenError};
 pub use evict::Evicted;
 pub use key::{Inputs, Key, Kind, Process, VmmBuild};
-pub use manifest::{Manifest, Refusal};
+pub use manifest::{Manifest, ROOT, Refusal};
 pub use store::{Building, Entry, InUse, Store};
+pub use tree::Tree;

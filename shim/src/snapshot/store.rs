@@ -213,11 +213,11 @@ impl Building {
     /// Then nothing of it is left.
     pub fn publish(mut self, refusals: Vec<Refusal>) -> Result<Key, BuildError> {
         let key = self.inputs.key();
-        let files = take_stock(&self.dir)?;
+        let (files, root) = take_stock(&self.dir)?;
         let now = SystemTime::now();
         let build_ms = now.duration_since(self.began).unwrap_or_default().as_millis().try_into().unwrap_or(u64::MAX);
         let inputs = self.inputs.clone();
-        let manifest = Manifest { key: key.clone(), inputs, created_at: timestamp(), build_ms, refusals, files };
+        let manifest = Manifest { key: key.clone(), inputs, created_at: timestamp(), build_ms, refusals, files, root };
         manifest.write(&self.dir)?;
         let bytes = manifest.bytes(&self.dir);
         if bytes > self.budget {

@@ -151,7 +151,7 @@ fn what_does_not_fit_its_manifest_is_refused() {
         (
             |dir| {
                 fs::write(dir.join("memory"), [8; 100_000]).unwrap();
-                fs::write(dir.join("verified.json"), "{\"memory\": 1}").unwrap();
+                fs::write(dir.join("verified.json"), "{\"files\": {\"memory\": 1}}").unwrap();
             },
             "memory has changed",
         ),
@@ -175,6 +175,31 @@ fn what_does_not_fit_its_manifest_is_refused() {
     assert!(store.find(&key).unwrap().is_some());
     fs::remove_file(store.root.join(key.as_str()).join("manifest.json")).unwrap();
     assert!(matches!(store.find(&key), Err(FindError::Io { .. })));
+}
+
+#[test]
+fn a_root_difference_is_kept_whole() {
+    let (_dir, store) = store(PLENTY);
+    let building = filled(&store, inputs());
+    let cache = building.dir().join(ROOT).join("usr/lib/__pycache__");
+    fs::create_dir_all(&cache).unwrap();
+    fs::write(cache.join("app.pyc"), MEMORY).unwrap();
+    let key = building.publish(vec![]).unwrap();
+    let dir = store.root.join(key.as_str());
+    let found = store.find(&key).unwrap().unwrap();
+    assert_eq!(found.manifest().root.as_ref().map(|root| root.entries), Some(4));
+    assert!(store.list().unwrap()[0].bytes >= 2 * MEMORY.len() as u64);
+    drop(found);
+    let file = dir.join(ROOT).join("usr/lib/__pycache__/app.pyc");
+    fs::write(&file, [8; 100_000]).unwrap();
+    for error in [store.find(&key).map(drop).unwrap_err(), store.verify(&key).unwrap_err()] {
+        assert!(error.to_string().contains("root has changed"), "{error}");
+    }
+    fs::remove_dir_all(dir.join(ROOT)).unwrap();
+    let error = store.find(&key).unwrap_err().to_string();
+    assert!(error.contains("root is missing"), "{error}");
+    store.remove(&key).unwrap();
+    assert!(names(&store).is_empty());
 }
 
 #[test]
