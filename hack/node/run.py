@@ -24,7 +24,8 @@ import tty
 
 import wire
 
-SILENCE = 60  # seconds without a sign of life, of which the agent gives one every 5
+# Seconds without a sign of life, of which the agent gives one every 5.
+SILENCE = float(os.environ.get("CHSNAP_NODE_SILENCE", "60"))
 
 
 class Failure(Exception):
@@ -122,7 +123,7 @@ def execute(node, args):
         if deadline and now > deadline:
             raise TimeOver(f"the command did not end in {args.timeout:g} s and is killed")
         if now - heard > SILENCE:
-            raise Failure(f"the node has not answered for {SILENCE} s")
+            raise Failure(f"the node has not answered for {SILENCE:g} s")
         wait = min(1, deadline - now) if deadline else 1
         ready, _, _ = select.select([node.sock] + ([0] if input_open else []), [], [], wait)
         if 0 in ready:

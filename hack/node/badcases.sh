@@ -1,0 +1,78 @@
+#!/bin/bash
+# What can go wrong with a node: one clear line each, and nothing left: badcases.sh [amd64|arm64]
+# Takes a prepared node, or prepares it.
+set -euo pipefail
+# shellcheck source=hack/lib.sh
+. "$(dirname "$0")/../lib.sh"
+
+ARCH=${1:-${ARCH:-$(host_arch)}}
+export ARCH NAME=badcases
+NODE=$ROOT/hack/node.sh
+STATE=$TARGET/node/$ARCH-$NAME
+WORK=$(mktemp -d "$LOGS/badcases.XXXXXX")
+finish() {
+  "$NODE" stop || true
+  rm -rf "$WORK" "$STATE"
+}
+trap finish EXIT
+failed=0
+
+wrong() {
+  say "wrong: $*"
+  sed 's/^/    /' "$WORK/said" >&2
+  failed=1
+}
+
+# says <what is tried> <status> <pattern of the last line> <command...>
+says() {
+  local what=$1 want=$2 pattern=$3 rc=0 left
+  shift 3
+  "$@" >"$WORK/said" 2>&1 </dev/null || rc=$?
+  if [ "$rc" -ne "$want" ]; then
+    wrong "$what: status $rc instead of $want"
+  elif ! tail -n 1 "$WORK/said" | grep -q "^chsnap: error: .*$pattern"; then
+    wrong "$what: its last line does not say '$pattern'"
+  else
+    say "$what: $(tail -n 1 "$WORK/said" | cut -c1-160)"
+  fi
+  left=$(processes_naming "$STATE")
+  [ -z "$left" ] || wrong "$what: left running: $left"
+  [ ! -e "$STATE/scratch.ext4" ] || wrong "$what: left the scratch disk"
+}
+
+"$NODE" prepare
+says "an unknown architecture" 1 "no node for the architecture sparc" env ARCH=sparc "$NODE" run true
+says "an unknown CPU" 1 "has ended while booting.*no-such-cpu" env CPU=no-such-cpu "$NODE" run true
+says "no space" 1 "a node needs 999999 GiB" env NODE_SPACE=999999 "$NODE" run true
+if [ "$ARCH" != "$(host_arch)" ]; then
+  # Nothing has been fetched in that directory, and nothing can be.
+  says "no cross toolchain" 1 "no toolchain for $ARCH: hack/setup.sh cross says why" \
+    unshare --net env CHSNAP_TARGET="$WORK/target" "$ROOT/hack/build.sh" host
+fi
+says "a node that is too slow" 1 "did not come up in 1 s" env START_TIMEOUT=1 "$NODE" run true
+says "a command that does not end" 124 "did not end in 2 s" env TIMEOUT=2 "$NODE" run 'sleep 1000'
+says "no node" 125 "no node runs" python3 "$ROOT/hack/node/run.py" "$WORK" run -- true
+
+"$NODE" start
+qemu=$(cat "$STATE/qemu.pid")
+keeper=$(cat "$STATE/lock")
+rc=0
+CHSNAP_NODE_SILENCE=12 "$NODE" run "sleep 1000" >"$WORK/said" 2>&1 </dev/null &
+client=$!
+sleep 1
+kill -STOP "$qemu"
+wait "$client" || rc=$?
+kill -CONT "$qemu"
+if [ "$rc" -ne 125 ] || ! grep -q "has not answered for 12 s" "$WORK/said"; then wrong "a node that hangs: status $rc"; else
+  say "a node that hangs: $(tail -n 1 "$WORK/said")"
+fi
+# Everything goes with the process that keeps the node, even if that is killed.
+kill -KILL "$keeper"
+for _ in $(seq 50); do
+  left=$(processes_naming "$STATE")
+  [ -n "$left" ] || break
+  sleep 0.1
+done
+[ -z "$left" ] || wrong "a keeper that is killed: left running: $left"
+[ "$failed" -eq 0 ] || die "a node does not fail as it should"
+say "every bad case of a node is told, and leaves nothing"
