@@ -19,6 +19,5 @@ if [ -s "$CHSNAP_TESTS_SKIPPED" ]; then
   say "skipped, $(wc -l <"$CHSNAP_TESTS_SKIPPED") unit tests:"
   sed 's/^/    /' "$CHSNAP_TESTS_SKIPPED" >&2
 fi
-# Serially: every test looks for what it left behind, and the machine may have two cores.
 say "integration tests"
-cargo test --locked --release -p chsnap-tests -- --test-threads=1 "$@"
+cargo test --locked --release -p chsnap-tests -- "$@"

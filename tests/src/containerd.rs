@@ -41,6 +41,8 @@ static RUNNING: Mutex<Vec<Arc<Containerd>>> = Mutex::new(Vec::new());
 pub struct Containerd {
     /// Which.
     pub version: Version,
+    /// Whose: cases that run at the same time have containerds of their own.
+    pub lane: usize,
     /// Sockets, state, fifos and temporary files.
     pub run: PathBuf,
     /// Its content, and the cases' files.
@@ -54,13 +56,13 @@ pub struct Containerd {
 }
 
 impl Containerd {
-    /// The containerd of this version, started and given the image when it is first asked for.
-    pub fn of(version: Version) -> Result<Arc<Self>> {
+    /// The containerd of this version and lane, started and given the image when it is first asked for.
+    pub fn of(version: Version, lane: usize) -> Result<Arc<Self>> {
         let mut running = locked(&RUNNING);
-        if let Some(found) = running.iter().find(|c| c.version == version) {
+        if let Some(found) = running.iter().find(|c| c.version == version && c.lane == lane) {
             return Ok(Arc::clone(found));
         }
-        let started = Arc::new(Self::prepare(version, running.len() + 1)?);
+        let started = Arc::new(Self::prepare(version, lane, running.len() + 1)?);
         // Listed before it starts, so that it is taken down whatever happens next.
         running.push(Arc::clone(&started));
         drop(running);
@@ -69,7 +71,7 @@ impl Containerd {
         Ok(started)
     }
 
-    fn prepare(version: Version, n: usize) -> Result<Self> {
+    fn prepare(version: Version, lane: usize, n: usize) -> Result<Self> {
         let tools = Tools::get();
         let me = std::process::id();
         let run = PathBuf::from(format!("{RUN_PREFIX}{me}-{n}"));
@@ -82,7 +84,7 @@ impl Containerd {
         let programs = tools.containerd(version);
         let namespace = format!("cht{me}-{n}");
         let ctr = Ctr::new(programs.join("ctr"), run.join("c.sock"), &namespace, &run);
-        Ok(Self { version, run, root, namespace, ctr, programs, process: Mutex::new(None) })
+        Ok(Self { version, lane, run, root, namespace, ctr, programs, process: Mutex::new(None) })
     }
 
     /// Starts the process, at first or again.

@@ -1,4 +1,5 @@
-//! Every case on every containerd and every VMM, serially, with a look for leftovers after each.
+//! Every case on every containerd and every VMM, with a look for leftovers after each. As many run at the same time as
+//! there are CPUs (`--test-threads`), each on containerds of its own.
 //!
 //! `cargo test -p chsnap-tests -- [filter]`; a case's name is `<vmm>/<containerd>/<topic>::<case>`.
 //! `CHSNAP_TEST_REFERENCE=1` runs the cases that hold for runc too on runc, to check the cases themselves.
@@ -6,13 +7,10 @@
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     process::ExitCode,
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
-use chsnap_tests::{Baseline, Containerd, Env, Tools, Version, Vmm, stop_all, sweep};
+use chsnap_tests::{Baseline, Containerd, Env, Tools, Version, Vmm, patience, stop_all, sweep};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 mod cases;
@@ -35,8 +33,15 @@ mod stdio;
 
 use cases::{Case, Scope};
 
-/// One case at a time, whatever `--test-threads` says: each looks for what it left on the machine.
-static ONE: Mutex<()> = Mutex::new(());
+/// More would only wait for each other's image imports and guests.
+const MAX_LANES: usize = 4;
+
+static LANES: AtomicUsize = AtomicUsize::new(0);
+
+thread_local! {
+    /// Of the thread that runs cases.
+    static LANE: usize = LANES.fetch_add(1, Ordering::Relaxed);
+}
 
 /// With `--nocapture`, a failure is told when it happens, and not only at the end.
 static AT_ONCE: AtomicBool = AtomicBool::new(false);
@@ -44,7 +49,7 @@ static AT_ONCE: AtomicBool = AtomicBool::new(false);
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     AT_ONCE.store(arguments.nocapture, Ordering::Relaxed);
-    arguments.test_threads = Some(1);
+    arguments.test_threads = arguments.test_threads.or_else(|| Some(lanes()));
     if !arguments.list {
         Tools::get();
         sweep();
@@ -53,6 +58,12 @@ fn main() -> ExitCode {
     let conclusion = libtest_mimic::run(&arguments, trials());
     stop_all();
     conclusion.exit_code()
+}
+
+/// A machine that needs patience has no CPU to spare.
+fn lanes() -> usize {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    if patience() > 1 { 1 } else { cpus.min(MAX_LANES) }
 }
 
 /// An interrupted run takes its containerds down, too.
@@ -128,8 +139,7 @@ fn all() -> impl Iterator<Item = (&'static str, Case)> {
 }
 
 fn run(vmm: Vmm, version: Version, case: Case) -> Result<(), Failed> {
-    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let daemon = Containerd::of(version).map_err(|e| format!("{e:#}"))?;
+    let daemon = Containerd::of(version, LANE.with(|lane| *lane)).map_err(|e| format!("{e:#}"))?;
     let env = Env::new(daemon.clone(), vmm).map_err(|e| format!("{e:#}"))?;
     let baseline = Baseline::take(&daemon);
     let result = catch_unwind(AssertUnwindSafe(|| case.run(&env)));

@@ -57,7 +57,9 @@ fn all_processes(env: &Env) -> Result<()> {
     let script = "sleep 1001 & sleep 1002 & trap 'echo one got it' TERM; echo up; while :; do sleep 0.2; done";
     let started = env.container().sh(script).start()?;
     started.wait_log("up")?;
-    ensure!(started.python(SLEEPERS)? == "2");
+    // What was forked before that may take its time to become `sleep`.
+    let both = eventually(Duration::from_secs(10), || (started.python(SLEEPERS).ok()? == "2").then_some(()));
+    ensure!(both.is_some(), "{}", started.python(SLEEPERS)?);
     env.ctr().text(["task", "kill", "--all", "-s", "SIGTERM", &started.id])?;
     started.wait_log("one got it")?;
     let gone = eventually(Duration::from_secs(5), || (started.python(SLEEPERS).ok()? == "0").then_some(()));
