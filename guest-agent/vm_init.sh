@@ -49,6 +49,7 @@ echo 4096 >/proc/sys/vm/min_free_kbytes
 # Modules are listed with what they are for: the id of a virtio device that must be there, or a
 # word in chsnap.modules= on the kernel command line.
 wanted=
+share=now
 for device in /sys/bus/virtio/devices/*/modalias; do
   if read -r alias 2>/dev/null <"$device"; then
     alias=${alias#virtio:}
@@ -59,6 +60,8 @@ read -r cmdline </proc/cmdline
 for option in $cmdline; do
   case $option in
     chsnap.modules=*) wanted="$wanted${option#*=}," ;;
+    # The guest of a template: the agent mounts it when it is told to, in the restored machine.
+    chsnap.share=later) share=later ;;
   esac
 done
 while read -r key module; do
@@ -72,7 +75,7 @@ while read -r key module; do
 done </etc/modules.load
 
 try loopback ip link set lo up
-try share mount -t virtiofs -o nodev,relatime chsnap /run/chsnap/share
+[ "$share" = later ] || try share mount -t virtiofs -o nodev,relatime chsnap /run/chsnap/share
 
 # shellcheck disable=SC2093 # the next line is for when exec itself fails
 exec /sbin/chsnap-agent

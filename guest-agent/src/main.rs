@@ -1,13 +1,14 @@
 //! The agent: pid 1 of the guest. Starts the container's processes, relays their bytes and reports their ends to the
 //! shim, over the agent channel.
 //!
-//! Rooms: `transport` (channel and sessions), `service` (the protocol), `container` (specification to namespaces),
-//! `process` (start and end), `stream` (bytes), `sys` (system calls).
+//! Rooms: `transport` (channel and sessions), `service` (the protocol), `resume` (what a restored machine has to forget),
+//! `container` (specification to namespaces), `process` (start and end), `stream` (bytes), `sys` (system calls).
 
 mod clock;
 mod container;
 mod error;
 mod process;
+mod resume;
 mod service;
 mod stream;
 mod sys;
@@ -38,6 +39,8 @@ enum AgentError {
     Serve(#[source] ttrpc::Error),
     #[error("no agent channel")]
     Channel(#[source] TransportError),
+    #[error("cannot begin an epoch")]
+    Epoch(#[source] resume::ResumeError),
     #[error("cannot reap processes")]
     Reap(#[source] io::Error),
 }
@@ -93,6 +96,10 @@ fn run() -> Result<(), AgentError> {
 
 async fn serve(arguments: Arguments, open_files: (u64, u64)) -> Result<(), AgentError> {
     let init_start_ns = clock::init_start_ns();
+    // Outside a VM, the directory would be the host's.
+    if arguments.unix.is_none() {
+        resume::begin_epoch().map_err(AgentError::Epoch)?;
+    }
     let containers = Containers::new(arguments.cgroup_root, open_files).map_err(AgentError::Start)?;
     let containers = Arc::new(containers);
     let source = match arguments.unix {

@@ -18,7 +18,7 @@ use chsnap_protocol::{
     agent::{
         ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, CreateProcessResponse, Empty,
         InfoRequest, InfoResponse, ListPidsResponse, ProcessRef, ReadStreamRequest, ReadStreamResponse,
-        ResizeTerminalRequest, SignalProcessRequest, StartProcessResponse, StatsResponse, StreamRef,
+        ResizeTerminalRequest, ResumeRequest, SignalProcessRequest, StartProcessResponse, StatsResponse, StreamRef,
         WaitProcessResponse, WriteStreamRequest,
     },
     agent_ttrpc::Agent,
@@ -29,6 +29,7 @@ use crate::{
     container::{ContainerError, Containers},
     error::{Coded, invalid, status},
     process::{StreamIds, Wanted},
+    resume,
 };
 
 type Answer<T> = ttrpc::Result<T>;
@@ -88,6 +89,11 @@ impl Agent for Service {
             wall_clock_ns: clock::wall_ns(),
             ..Default::default()
         })
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Answer<Empty> {
+        resume::resume(&request, clock::boot_ns()).map_err(refuse)?;
+        Ok(Empty::new())
     }
 
     async fn create_container(

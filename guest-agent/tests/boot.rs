@@ -159,6 +159,7 @@ async fn a_guest_from_boot_to_power_off() {
     a_terminal_is_the_console(&guest).await;
     a_container_may_manage_cgroups(&guest).await;
     the_clock_is_set(&guest).await;
+    a_machine_is_made_one_of_its_own(&guest).await;
     a_host_that_comes_back_finds_everything(&mut guest).await;
     the_guest_powers_off(guest).await;
 }
@@ -286,6 +287,42 @@ async fn the_clock_is_set(guest: &Guest) {
     let difference = guest.info().await.wall_clock_ns - request.wall_clock_ns;
     assert!((0..10_000_000_000).contains(&difference), "{difference}");
     guest.delete("clock").await.unwrap();
+}
+
+async fn a_machine_is_made_one_of_its_own(guest: &Guest) {
+    let look = guest.shell("cat /dev/chsnap/epoch; touch /dev/chsnap/x; sleep 100");
+    let streams = guest.run("epoch", &look).await;
+    let booted = guest.read_until(streams.stdout_stream, "\n").await;
+    assert_eq!(booted.trim().len(), 36, "{booted}");
+    assert!(guest.read_until(streams.stderr_stream, "\n").await.contains("Read-only file system"));
+
+    let yesterday = SystemTime::now().duration_since(UNIX_EPOCH).unwrap() - Duration::from_secs(86400);
+    let epoch = "2f8a7a3e-1c5b-4d8e-9f00-0123456789ab";
+    let request = ResumeRequest {
+        entropy: vec![7; 64],
+        wall_clock_ns: yesterday.as_nanos() as i64,
+        epoch: epoch.into(),
+        ..Default::default()
+    };
+    let asked = Instant::now();
+    guest.client.resume(soon(), &request).await.unwrap();
+    let difference = guest.info().await.wall_clock_ns - request.wall_clock_ns;
+    assert!((0..=asked.elapsed().as_nanos() as i64 + 50_000_000).contains(&difference), "{difference}");
+    // One that runs sees it too.
+    let exec = guest.exec("epoch", "e", &guest.shell("cat /dev/chsnap/epoch")).await.unwrap();
+    guest.start_process("epoch", "e").await.unwrap();
+    assert_eq!(guest.text(exec.stdout_stream).await.trim(), epoch);
+    guest.delete("epoch").await.unwrap();
+
+    for (spoilt, text) in [
+        (ResumeRequest { entropy: vec![7; 63], ..request.clone() }, "63 bytes of entropy are too few"),
+        (ResumeRequest { epoch: "x".into(), ..request.clone() }, "\"x\" is no UUID"),
+        (ResumeRequest { wall_clock_ns: 0, ..request.clone() }, "no wall clock"),
+        (ResumeRequest { mount_share: true, ..request.clone() }, "the share is mounted already"),
+    ] {
+        let (_, said) = refusal(guest.client.resume(soon(), &spoilt).await);
+        assert!(said.contains(text), "{said}");
+    }
 }
 
 async fn a_host_that_comes_back_finds_everything(guest: &mut Guest) {

@@ -22,6 +22,21 @@ pub const SHARE_TAG: &str = "chsnap";
 /// Where the guest mounts the share. A container's root is `<SHARE_MOUNT>/<container id>/rootfs`.
 pub const SHARE_MOUNT: &str = "/run/chsnap/share";
 
+/// What every container of the guest sees, read-only, at [`PUBLIC_MOUNT`].
+pub const PUBLIC_DIR: &str = "/run/chsnap/public";
+
+/// Where a container sees [`PUBLIC_DIR`], if it has a `/dev` of the guest's.
+pub const PUBLIC_MOUNT: &str = "/dev/chsnap";
+
+/// In both: the UUID that a machine, booted or restored, shares with no other.
+pub const EPOCH_FILE: &str = "epoch";
+
+/// The kernel's word for a guest whose share is mounted by `Resume` and not in the boot.
+pub const SHARE_LATER: &str = "chsnap.share=later";
+
+/// The least that `Resume` takes, bytes.
+pub const MIN_ENTROPY: usize = 64;
+
 /// Name of the virtio-serial port that carries the agent channel under QEMU.
 pub const SERIAL_PORT: &str = "io.chsnap.agent";
 

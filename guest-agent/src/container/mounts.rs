@@ -4,7 +4,7 @@
 
 use nix::sys::stat::{SFlag, makedev};
 
-use chsnap_protocol::SHARE_MOUNT;
+use chsnap_protocol::{PUBLIC_DIR, PUBLIC_MOUNT, SHARE_MOUNT};
 
 use super::{
     plan::{PlanError, cstring},
@@ -111,6 +111,7 @@ pub fn steps(mounts: &[Mount], linux: &Linux, terminal: bool, slots: &mut usize)
         });
         if has_dev && target.trim_end_matches('/') == "/dev" {
             devices(&mut steps.inside)?;
+            public(&mut steps, slots)?;
             if terminal {
                 steps.inside.push(Op::File(c"/dev/console".into()));
             }
@@ -142,6 +143,20 @@ fn devices(steps: &mut Vec<Op>) -> Result<(), PlanError> {
     for (target, path) in LINKS {
         steps.push(Op::Symlink { target: cstring("link", target)?, path: cstring("link", path)? });
     }
+    Ok(())
+}
+
+/// A directory, not a file, for what is in it is replaced. In `/dev`, since that is no part of the image.
+fn public(steps: &mut MountSteps, slots: &mut usize) -> Result<(), PlanError> {
+    // An agent outside a VM has none.
+    if !std::path::Path::new(PUBLIC_DIR).is_dir() {
+        return Ok(());
+    }
+    let (slot, target) = (*slots, cstring("mount destination", PUBLIC_MOUNT)?);
+    *slots += 1;
+    steps.outside.push(Op::TakeTree { path: cstring("mount source", PUBLIC_DIR)?, slot });
+    steps.inside.push(Op::Dir(target.clone()));
+    steps.inside.push(Op::Attach { slot, target, read_only: true });
     Ok(())
 }
 

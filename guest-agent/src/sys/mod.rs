@@ -13,6 +13,6 @@ pub use child::{REPORT_LEN, Report};
 pub use clone::{Child, Namespaces, spawn};
 pub use op::{CapabilitySets, Op, Plan, Program};
 pub use wrap::{
-    Pidfd, bound_malloc, bytes_available, in_pid_namespace, init_pid_namespace, open_terminal, set_window_size,
-    terminal_peer, watch,
+    Pidfd, add_entropy, bound_malloc, bytes_available, in_pid_namespace, init_pid_namespace, open_terminal, reseed,
+    set_window_size, terminal_peer, watch,
 };

@@ -150,6 +150,37 @@ pub fn terminal_peer(master: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     }
 }
 
+/// Mixes `bytes` into the kernel's random numbers, and counts them as such.
+///
+/// # Errors
+/// Without `CAP_SYS_ADMIN`, or without /dev/urandom.
+pub fn add_entropy(bytes: &[u8]) -> io::Result<()> {
+    /// `_IOW('R', 0x03, int[2])`
+    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+    // struct rand_pool_info: bits, bytes, and the bytes themselves.
+    let number = |value: usize| c_int::try_from(value).map_err(|_| io::ErrorKind::InvalidInput);
+    let mut info = Vec::with_capacity(8 + bytes.len());
+    info.extend(number(bytes.len().saturating_mul(8))?.to_ne_bytes());
+    info.extend(number(bytes.len())?.to_ne_bytes());
+    info.extend(bytes);
+    let random = File::options().write(true).open("/dev/urandom")?;
+    // SAFETY: the kernel reads the two numbers, with no regard to their alignment, and as many bytes as the second says,
+    // all of which are there.
+    check(unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, info.as_ptr()) }.into()).map(drop)
+}
+
+/// Has the kernel's random numbers seeded anew, from what was mixed in so far.
+///
+/// # Errors
+/// Without `CAP_SYS_ADMIN`, or without /dev/urandom.
+pub fn reseed() -> io::Result<()> {
+    /// `_IO('R', 0x07)`
+    const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+    let random = File::options().write(true).open("/dev/urandom")?;
+    // SAFETY: takes no argument.
+    check(unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) }.into()).map(drop)
+}
+
 /// Gives large blocks back to the kernel at once: what the agent holds is held by every snapshot.
 pub fn bound_malloc() {
     // SAFETY: takes numbers only.
