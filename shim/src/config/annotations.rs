@@ -3,7 +3,9 @@
 
 use std::collections::HashMap;
 
-use super::{AnnotationError, Expose, MIN_MEMORY, Ready, Shape, Size, VmmChoice, VmmConfig, error::hint};
+use super::{
+    AnnotationError, Expose, MIN_MEMORY, Ready, Shape, Size, SnapshotConfig, SnapshotMode, VmmChoice, VmmConfig, error::hint,
+};
 use crate::vmm::VmmKind;
 
 const PREFIX: &str = "io.chsnap.";
@@ -50,13 +52,14 @@ impl Annotations {
 }
 
 /// Whether a container may start from a snapshot.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SnapshotUse {
     /// Where there is one.
-    #[default]
     Auto,
     /// Never.
     Off,
+    /// It does not start in any other way.
+    Require,
 }
 
 /// What the annotations of one container say; `None` where they say nothing.
@@ -71,7 +74,7 @@ pub struct Overrides {
     /// `io.chsnap.expose`
     pub expose: Vec<Expose>,
     /// `io.chsnap.snapshot`
-    pub snapshot: SnapshotUse,
+    pub snapshot: Option<SnapshotUse>,
     /// `io.chsnap.ready`
     pub ready: Option<Ready>,
 }
@@ -80,6 +83,14 @@ impl Overrides {
     /// The VMM's settings with what these annotations say instead.
     pub fn vmm(&self, config: &VmmConfig) -> VmmConfig {
         VmmConfig { choice: self.vmm.unwrap_or(config.choice), ..config.clone() }
+    }
+
+    /// Whether the container may start from a snapshot.
+    pub fn snapshot(&self, config: &SnapshotConfig) -> SnapshotUse {
+        self.snapshot.unwrap_or(match config.mode {
+            SnapshotMode::Auto => SnapshotUse::Auto,
+            SnapshotMode::Off => SnapshotUse::Off,
+        })
     }
 
     /// Refuses what these, of a pod's further container, want otherwise than `pod` has it, whose machine runs. In
@@ -126,14 +137,12 @@ impl Overrides {
             }
             Annotations::EXPOSE => self.expose = Expose::parse_list(value)?,
             Annotations::SNAPSHOT => {
-                self.snapshot = match value {
+                self.snapshot = Some(match value {
                     "auto" => SnapshotUse::Auto,
                     "off" => SnapshotUse::Off,
-                    "require" => {
-                        return Err("this version has no snapshots, so none can be required; use auto or off".into());
-                    }
+                    "require" => SnapshotUse::Require,
                     _ => return Err("use auto, off or require".into()),
-                };
+                });
             }
             Annotations::READY => self.ready = Some(Ready::parse(value)?),
             _ => {}
@@ -167,11 +176,25 @@ mod tests {
             memory: Some(Size::mib(768)),
             vmm: Some(VmmChoice::Qemu),
             expose: vec![Expose { guest_port: 8080, listen: None }],
-            snapshot: SnapshotUse::Off,
+            snapshot: Some(SnapshotUse::Off),
             ready: Some(Ready::Tcp { port: 8080 }),
         };
         assert_eq!(overrides, expected);
         assert_eq!(parse(&[]).unwrap(), Overrides::default());
+    }
+
+    #[test]
+    fn what_a_container_says_of_snapshots_counts_more_than_the_configuration() {
+        let config = |mode| SnapshotConfig { mode, ..SnapshotConfig::default() };
+        for mode in [SnapshotMode::Auto, SnapshotMode::Off] {
+            for (word, meant) in
+                [("auto", SnapshotUse::Auto), ("off", SnapshotUse::Off), ("require", SnapshotUse::Require)]
+            {
+                assert_eq!(parse(&[("io.chsnap.snapshot", word)]).unwrap().snapshot(&config(mode)), meant);
+            }
+        }
+        assert_eq!(Overrides::default().snapshot(&config(SnapshotMode::Auto)), SnapshotUse::Auto);
+        assert_eq!(Overrides::default().snapshot(&config(SnapshotMode::Off)), SnapshotUse::Off);
     }
 
     #[test]
@@ -229,12 +252,6 @@ mod tests {
             ("io.chsnap.vmm", "xen", "annotation io.chsnap.vmm = \"xen\": use auto, cloud-hypervisor or qemu"),
             ("io.chsnap.expose", "0", "annotation io.chsnap.expose = \"0\": \"0\": port 0 is not between 1 and 65535"),
             ("io.chsnap.snapshot", "yes", "annotation io.chsnap.snapshot = \"yes\": use auto, off or require"),
-            (
-                "io.chsnap.snapshot",
-                "require",
-                "annotation io.chsnap.snapshot = \"require\": this version has no snapshots, so none can be required; \
-                 use auto or off",
-            ),
         ] {
             assert_eq!(parse(&[(name, value)]).unwrap_err().to_string(), error);
         }

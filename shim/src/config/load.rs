@@ -17,6 +17,9 @@ use super::{Config, ConfigError, Deadline, MIN_MEMORY, Place, Size, error::hint}
 /// Read where the runtime options name no other file; need not exist.
 pub const DEFAULT_PATH: &str = "/etc/chsnap/config.toml";
 
+/// More would leave a host nothing for its pods.
+const MAX_BUILDERS: u32 = 64;
+
 impl Config {
     /// The file named by the runtime options, which must exist; else [`DEFAULT_PATH`] if it exists; else the defaults.
     pub fn load(explicit: Option<&Path>) -> Result<Self, ConfigError> {
@@ -48,13 +51,14 @@ impl Config {
 
     /// The first key whose value has the right type and still cannot be.
     fn invalid(&self) -> Option<(&'static str, String)> {
-        let paths: [(&str, Option<&PathBuf>); 6] = [
+        let paths: [(&str, Option<&PathBuf>); 7] = [
             ("vmm.cloud_hypervisor", self.vmm.cloud_hypervisor.as_ref()),
             ("vmm.qemu", self.vmm.qemu.as_ref()),
             ("guest.kernel", Some(&self.guest.kernel)),
             ("guest.initramfs", Some(&self.guest.initramfs)),
             ("share.virtiofsd", self.share.virtiofsd.as_ref()),
             ("state.dir", Some(&self.state.dir)),
+            ("snapshot.dir", Some(&self.snapshot.dir)),
         ];
         let relative = paths.into_iter().find_map(|(key, path)| {
             let path = path.filter(|path| !path.is_absolute())?;
@@ -63,13 +67,20 @@ impl Config {
         let deadlines = [
             ("deadlines.boot", self.deadlines.boot),
             ("deadlines.agent_call", self.deadlines.agent_call),
+            ("deadlines.restore", self.deadlines.restore),
             ("deadlines.stop", self.deadlines.stop),
         ];
         let deadline = deadlines.into_iter().find_map(|(key, value)| {
             let outside = value < Deadline::secs(1) || value > Deadline::secs(3600);
             outside.then(|| (key, format!("{value} is not between 1s and 1h")))
         });
-        relative.or(deadline).or_else(|| self.invalid_guest()).or_else(|| self.invalid_vmm())
+        let invalid = relative.or(deadline).or_else(|| self.invalid_guest()).or_else(|| self.invalid_vmm());
+        invalid.or_else(|| {
+            let builders = self.snapshot.builders;
+            (builders > MAX_BUILDERS).then(|| {
+                ("snapshot.builders", format!("{builders} is more than {MAX_BUILDERS}; each takes a guest's memory"))
+            })
+        })
     }
 
     fn invalid_guest(&self) -> Option<(&'static str, String)> {

@@ -1,7 +1,7 @@
 use std::fs;
 
 use super::*;
-use crate::config::{AcceleratorChoice, CacheMode, LogLevel, VmmChoice};
+use crate::config::{AcceleratorChoice, CacheMode, LogLevel, SnapshotConfig, SnapshotMode, VmmChoice};
 
 fn parse(text: &str) -> Result<Config, String> {
     Config::parse(text, Path::new("/etc/c.toml")).map_err(|error| error.to_string())
@@ -31,7 +31,13 @@ fn every_key_is_taken() {
         [deadlines]
         boot = 90
         agent_call = "1500ms"
+        restore = "3s"
         stop = "1m"
+        [snapshot]
+        mode = "off"
+        dir = "/n"
+        budget = "2GiB"
+        builders = 2
         [log]
         level = "debug"
         [state]
@@ -48,6 +54,9 @@ fn every_key_is_taken() {
     assert_eq!(config.share.cache, CacheMode::Never);
     assert_eq!(config.deadlines.boot, Deadline::secs(90));
     assert_eq!(config.deadlines.agent_call.duration().as_millis(), 1500);
+    assert_eq!(config.deadlines.restore, Deadline::secs(3));
+    let snapshot = SnapshotConfig { mode: SnapshotMode::Off, dir: "/n".into(), budget: Size::mib(2048), builders: 2 };
+    assert_eq!(config.snapshot, snapshot);
     assert_eq!(config.log.level, LogLevel::Debug);
     // What was written is read back, with nothing at its default.
     let written = toml::to_string(&config).unwrap();
@@ -105,6 +114,10 @@ fn errors_name_file_line_column_and_key() {
             "[guest]\nkernel = 'vmlinux'",
             "/etc/c.toml:2:10: guest.kernel: \"vmlinux\" is not an absolute path; the shim's working directory is the \
              container's",
+        ),
+        (
+            "[snapshot]\nbuilders = 65",
+            "/etc/c.toml:2:12: snapshot.builders: 65 is more than 64; each takes a guest's memory",
         ),
         ("[deadlines]\nboot = '0s'", "/etc/c.toml:2:8: deadlines.boot: 0s is not between 1s and 1h"),
         (

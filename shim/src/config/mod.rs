@@ -132,13 +132,20 @@ pub struct Deadlines {
     pub boot: Deadline,
     /// One call to the agent that is not a wait.
     pub agent_call: Deadline,
+    /// From starting a restore until the restored guest is ready for its container.
+    pub restore: Deadline,
     /// From asking the guest to power off until its VMM is killed.
     pub stop: Deadline,
 }
 
 impl Default for Deadlines {
     fn default() -> Self {
-        Self { boot: Deadline::secs(60), agent_call: Deadline::secs(10), stop: Deadline::secs(10) }
+        Self {
+            boot: Deadline::secs(60),
+            agent_call: Deadline::secs(10),
+            restore: Deadline::secs(10),
+            stop: Deadline::secs(10),
+        }
     }
 }
 
@@ -182,19 +189,39 @@ impl From<LogLevel> for log::LevelFilter {
     }
 }
 
+/// Whether pods that do not say it themselves start from snapshots.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SnapshotMode {
+    /// Where there is one; and where there is none, one is built beside them.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+}
+
 /// `[snapshot]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SnapshotConfig {
+    /// Whether they are used and built.
+    pub mode: SnapshotMode,
     /// Kept over a reboot, and written by nobody else.
     pub dir: PathBuf,
     /// What all of them may take on the disk.
     pub budget: Size,
+    /// How many are built at once on this host, at most; 0 builds none beside pods.
+    pub builders: u32,
 }
 
 impl Default for SnapshotConfig {
     fn default() -> Self {
-        Self { dir: PathBuf::from("/var/lib/chsnap/snapshots"), budget: Size::mib(20 << 10) }
+        Self {
+            mode: SnapshotMode::Auto,
+            dir: PathBuf::from("/var/lib/chsnap/snapshots"),
+            budget: Size::mib(20 << 10),
+            builders: 1,
+        }
     }
 }
 
