@@ -16,6 +16,8 @@ use tokio::{
 use crate::{
     child,
     config::Config,
+    files::Identity,
+    snapshot,
     vmm::{self, Memory, Rung},
 };
 
@@ -62,6 +64,21 @@ impl Scout {
                 asked.unwrap_or_else(late).inspect(|version| self.memory.learn_version(program, version))
             }
         }
+    }
+
+    /// The digest of the content of a file that may be large: taken once, and again when it is another file.
+    pub(crate) fn digest(&mut self, path: &Path) -> io::Result<String> {
+        let remembered = (self.freshness == Freshness::Remembered).then(|| self.memory.digest(path)).flatten();
+        if let Some(digest) = remembered {
+            return Ok(digest);
+        }
+        let before = Identity::of(path)?;
+        let digest = snapshot::digest_of(path)?;
+        // What is written to meanwhile has no digest that is worth remembering.
+        if Identity::of(path)? == before {
+            self.memory.learn_digest(path, before, &digest);
+        }
+        Ok(digest)
     }
 
     /// The rungs whose masks are options of this Cloud Hypervisor.
@@ -169,6 +186,23 @@ mod tests {
         assert_eq!(fs::read_to_string(dir.path().join("asked")).unwrap(), "asked\n");
         scout(dir.path(), Freshness::Now, patience).version(&path, version_in).await.unwrap();
         assert_eq!(fs::read_to_string(dir.path().join("asked")).unwrap(), "asked\nasked\n");
+    }
+
+    #[tokio::test]
+    async fn a_digest_is_taken_again_when_the_file_is_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kernel");
+        let mut scout = scout(dir.path(), Freshness::Remembered, Duration::from_secs(1));
+        fs::write(&path, "one").unwrap();
+        let one = scout.digest(&path).unwrap();
+        assert_eq!(scout.memory.digest(&path).as_ref(), Some(&one));
+        // Known without being read.
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        assert_eq!(scout.memory.digest(&path), None, "its times have changed");
+        assert_eq!(scout.digest(&path).unwrap(), one);
+        fs::write(&path, "two").unwrap();
+        assert_ne!(scout.digest(&path).unwrap(), one);
+        assert!(scout.digest(&dir.path().join("none")).is_err());
     }
 
     #[tokio::test]

@@ -91,6 +91,7 @@ fn inputs(vcpus: u32) -> Inputs {
         rung: Rung::NoPmu,
         host_kernel: "6.12 #1".into(),
         cpu: "Neoverse-N1".into(),
+        chsnap: "0.1.0".into(),
     }
 }
 

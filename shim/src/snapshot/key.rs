@@ -113,6 +113,8 @@ pub struct Inputs {
     pub host_kernel: String,
     /// The host's CPU, as far as guests see it.
     pub cpu: String,
+    /// The version of chsnap, which says how machines are put together.
+    pub chsnap: String,
 }
 
 /// A build of a VMM.
@@ -186,6 +188,7 @@ pub mod tests {
             rung: Rung::Standard,
             host_kernel: "6.1 #1".into(),
             cpu: "model".into(),
+            chsnap: "0.1.0".into(),
         }
     }
 
@@ -195,7 +198,7 @@ pub mod tests {
         fn process(inputs: &mut Inputs) -> &mut Process {
             inputs.process.as_mut().unwrap()
         }
-        let changes: [Change; 22] = [
+        let changes: [Change; 23] = [
             |i| i.kind = Kind::Base,
             |i| i.process = None,
             |i| process(i).chain_id = "sha256:2".into(),
@@ -218,6 +221,7 @@ pub mod tests {
             |i| i.rung = Rung::NoPmu,
             |i| i.host_kernel = "6.1 #2".into(),
             |i| i.cpu = "other".into(),
+            |i| i.chsnap = "0.1.1".into(),
         ];
         let mut keys = vec![inputs().key()];
         for change in changes {

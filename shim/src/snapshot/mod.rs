@@ -1,21 +1,27 @@
 //! Snapshots: by what they are found, where they are kept, and for how long.
 //!
 //! `key` says what has to match for a snapshot to be used, `manifest` what one consists of, `store` keeps them and
-//! `evict` lets go of them. Nothing here knows how a machine is saved: that is the `vmm` room's.
+//! `evict` lets go of them. `host` is what a host puts into a key, and `ladder` remembers on which rung snapshots work
+//! there. Nothing here knows how a machine is saved: that is the `vmm` room's, and `template` has it done.
 
 mod digest;
 mod error;
 mod evict;
+mod host;
 mod key;
+mod ladder;
 mod manifest;
 mod store;
 #[cfg(test)]
 mod store_tests;
 mod tree;
 
+pub(crate) use digest::of_file as digest_of;
 pub use error::{BuildError, EvictError, FindError, ListError, OpenError};
 pub use evict::Evicted;
+pub use host::{InputsError, Machine};
 pub use key::{Inputs, Key, Kind, Process, VmmBuild};
+pub use ladder::{Failure, Footing, Ladder, Outcome};
 pub use manifest::{Manifest, ROOT, Refusal};
 pub use store::{Building, Entry, InUse, Store};
 pub use tree::Tree;

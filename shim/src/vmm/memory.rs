@@ -33,6 +33,8 @@ struct Findings {
     versions: BTreeMap<PathBuf, VersionFinding>,
     #[serde(default)]
     rungs: BTreeMap<PathBuf, RungsFinding>,
+    #[serde(default)]
+    digests: BTreeMap<PathBuf, DigestFinding>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -54,6 +56,12 @@ struct VersionFinding {
 struct RungsFinding {
     file: Identity,
     rungs: BTreeSet<Rung>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct DigestFinding {
+    file: Identity,
+    digest: String,
 }
 
 impl Memory {
@@ -118,6 +126,22 @@ impl Memory {
             findings.clear();
         }
         findings.insert(program.to_owned(), RungsFinding { file, rungs: rungs.clone() });
+        self.store();
+    }
+
+    /// The digest of a file's content, if it is still the same file.
+    pub fn digest(&self, path: &Path) -> Option<String> {
+        let known = self.findings.digests.get(path)?;
+        (known.file == Identity::of(path).ok()?).then(|| known.digest.clone())
+    }
+
+    /// Remembers the digest of what `file` was before and after it was taken.
+    pub fn learn_digest(&mut self, path: &Path, file: Identity, digest: &str) {
+        let digests = &mut self.findings.digests;
+        if digests.len() >= MAX_PROGRAMS {
+            digests.clear();
+        }
+        digests.insert(path.to_owned(), DigestFinding { file, digest: digest.to_owned() });
         self.store();
     }
 

@@ -123,6 +123,8 @@ pub trait Driver: Send + Sync {
     fn kind(&self) -> VmmKind;
     /// What it runs the guest on.
     fn accelerator(&self) -> Accelerator;
+    /// Its program.
+    fn program(&self) -> &Path;
     /// Starts the VMM and the guest's CPUs. When it fails, nothing is left of either.
     async fn boot(&self, spec: &VmSpec) -> Result<Box<dyn Vm>, BootError>;
     /// Starts the VMM with the machine of a snapshot in `from`, which this driver made of a machine with the same

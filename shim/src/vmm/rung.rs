@@ -26,6 +26,21 @@ impl Rung {
     /// From the fullest to the barest.
     pub const LADDER: [Self; 3] = [Self::Standard, Self::NoPmu, Self::Aggressive];
 
+    /// This one and the barer ones, on this host's processor.
+    pub fn and_barer(self) -> impl Iterator<Item = Self> {
+        let from = self.on(Arch::HOST);
+        Self::LADDER.into_iter().filter(move |rung| *rung >= from)
+    }
+
+    /// Why it is left out, where it masks nothing that this host's kind of processor has.
+    pub fn moot(self) -> Option<&'static str> {
+        self.moot_on(Arch::HOST)
+    }
+
+    fn moot_on(self, arch: Arch) -> Option<&'static str> {
+        (self.on(arch) != self).then_some("it masks features of arm64 processors, and this host's is none")
+    }
+
     /// No performance counters.
     pub(super) fn without_pmu(self) -> bool {
         self >= Self::NoPmu
@@ -73,6 +88,9 @@ mod tests {
         let masks = Rung::LADDER.map(|rung| (rung.without_pmu(), rung.without_sve()));
         assert_eq!(masks, [(false, false), (true, false), (true, true)]);
         assert_eq!(Rung::LADDER.map(|rung| rung.on(Arch::X86_64)), [Rung::Standard; 3]);
+        assert!(Rung::LADDER.iter().all(|rung| rung.moot_on(Arch::Aarch64).is_none()));
+        assert_eq!(Rung::LADDER.map(|rung| rung.moot_on(Arch::X86_64).is_some()), [false, true, true]);
+        assert_eq!(Rung::Standard.and_barer().collect::<Vec<_>>(), Rung::LADDER);
         for rung in Rung::LADDER {
             assert_eq!(serde_json::to_value(rung).unwrap(), rung.to_string());
         }

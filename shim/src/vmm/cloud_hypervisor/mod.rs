@@ -77,6 +77,10 @@ impl Driver for CloudHypervisor {
         Accelerator::Kvm
     }
 
+    fn program(&self) -> &Path {
+        &self.program
+    }
+
     async fn boot(&self, spec: &VmSpec) -> Result<Box<dyn Vm>, BootError> {
         match self.launch(spec, true, None).await {
             Err(BootError::Died { said, .. }) if machine::lacks_landlock(&said) => self.launch(spec, false, None).await,

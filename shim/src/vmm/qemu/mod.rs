@@ -62,6 +62,10 @@ impl Driver for Qemu {
         self.accelerator
     }
 
+    fn program(&self) -> &Path {
+        &self.program
+    }
+
     async fn boot(&self, spec: &VmSpec) -> Result<Box<dyn Vm>, BootError> {
         self.start(spec, None).await
     }

@@ -1,0 +1,179 @@
+//! What this host puts into a key: the files a guest is made from, the programs that make it, the processor it runs on.
+
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use nix::sys::utsname::uname;
+use sha2::{Digest, Sha256};
+use thiserror::Error;
+
+use super::{Footing, Inputs, Kind, VmmBuild, digest::hex};
+use crate::{
+    config::{Config, Shape},
+    program::{Scout, version_in},
+    share::VirtiofsdProgram,
+    vmm::{Driver, Rung},
+};
+
+/// It cannot be told what a snapshot would have to match.
+#[derive(Debug, Error)]
+pub enum InputsError {
+    /// A file of the guest, or a program.
+    #[error("cannot read {path:?}, on which the snapshot's key depends")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The VMM.
+    #[error("{program:?} does not tell its version ({said})")]
+    Version {
+        /// What was asked.
+        program: PathBuf,
+        /// What was wrong.
+        said: String,
+    },
+    /// The host's kernel.
+    #[error("the host's kernel does not tell its version")]
+    Kernel(#[source] nix::Error),
+}
+
+/// A machine, as far as it is known before it is started.
+#[derive(Clone, Copy)]
+pub struct Machine<'a> {
+    /// Settings of the host.
+    pub config: &'a Config,
+    /// vCPUs and memory.
+    pub shape: Shape,
+    /// Who starts it.
+    pub driver: &'a dyn Driver,
+    /// Who serves its files.
+    pub virtiofsd: &'a VirtiofsdProgram,
+}
+
+impl Machine<'_> {
+    /// Everything that a base snapshot for it has to match. Large files are read once, see [`Scout::digest`].
+    ///
+    /// # Errors
+    /// See [`InputsError`].
+    pub async fn base(&self, rung: Rung, scout: &mut Scout) -> Result<Inputs, InputsError> {
+        let guest = &self.config.guest;
+        let Footing { host_kernel, cpu, vmm, .. } = self.footing(scout).await?;
+        Ok(Inputs {
+            kind: Kind::Base,
+            process: None,
+            vcpus: self.shape.vcpus,
+            memory_mib: self.shape.memory_mib,
+            kernel: digest(&guest.kernel, scout)?,
+            initramfs: digest(&guest.initramfs, scout)?,
+            cmdline: guest.cmdline_words(),
+            vmm,
+            virtiofsd: (self.virtiofsd.version.clone(), digest(&self.virtiofsd.path, scout)?),
+            cache: self.config.share.cache.to_string(),
+            rung,
+            host_kernel,
+            cpu,
+            chsnap: env!("CARGO_PKG_VERSION").into(),
+        })
+    }
+
+    /// What decides on which rung snapshots of it work.
+    ///
+    /// # Errors
+    /// See [`InputsError`].
+    pub async fn footing(&self, scout: &mut Scout) -> Result<Footing, InputsError> {
+        let driver = self.driver;
+        let path = driver.program();
+        let version = scout.version(path, version_in).await;
+        let version = version.map_err(|said| InputsError::Version { program: path.into(), said })?;
+        let vmm = VmmBuild {
+            kind: driver.kind(),
+            accelerator: driver.accelerator(),
+            version,
+            program: digest(path, scout)?,
+        };
+        Ok(Footing { host_kernel: host_kernel()?, cpu: cpu()?, vmm, from: self.config.vmm.rung })
+    }
+}
+
+fn digest(path: &Path, scout: &mut Scout) -> Result<String, InputsError> {
+    scout.digest(path).map_err(|source| InputsError::File { path: path.into(), source })
+}
+
+fn host_kernel() -> Result<String, InputsError> {
+    let uname = uname().map_err(InputsError::Kernel)?;
+    Ok(format!("{} {}", uname.release().to_string_lossy(), uname.version().to_string_lossy()))
+}
+
+fn cpu() -> Result<String, InputsError> {
+    let path = Path::new("/proc/cpuinfo");
+    let text = fs::read_to_string(path).map_err(|source| InputsError::File { path: path.into(), source })?;
+    Ok(cpu_in(&text))
+}
+
+/// Lines of `/proc/cpuinfo` that tell a model from another, on x86_64 and arm64. Not the microcode's revision, nor what
+/// changes while it runs.
+const MODEL: [&str; 10] = [
+    "vendor_id",
+    "cpu family",
+    "model",
+    "model name",
+    "stepping",
+    "CPU implementer",
+    "CPU architecture",
+    "CPU variant",
+    "CPU part",
+    "CPU revision",
+];
+/// And those with a list of features, too long to be told in full.
+const FEATURES: [&str; 2] = ["flags", "Features"];
+
+/// Of all CPUs: a host may have several kinds of them.
+fn cpu_in(cpuinfo: &str) -> String {
+    let mut kinds = BTreeSet::new();
+    for block in cpuinfo.split("\n\n") {
+        let lines = block.lines().filter_map(|line| line.split_once(':'));
+        let lines: Vec<_> = lines.map(|(name, value)| (name.trim(), value.trim())).collect();
+        let model = lines.iter().filter(|(name, _)| MODEL.contains(name)).map(|(_, value)| *value);
+        let mut words: Vec<String> = model.map(str::to_owned).collect();
+        for (_, list) in lines.iter().filter(|(name, _)| FEATURES.contains(name)) {
+            let sorted: BTreeSet<&str> = list.split_whitespace().collect();
+            let text = sorted.into_iter().collect::<Vec<_>>().join(" ");
+            words.push(format!("features {}", &hex(&Sha256::digest(text))[..12]));
+        }
+        if !words.is_empty() {
+            kinds.insert(words.join(", "));
+        }
+    }
+    kinds.into_iter().collect::<Vec<_>>().join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cpu_is_told_by_its_model_and_features_and_nothing_that_changes() {
+        let x86 = |mhz: &str, flags: &str| {
+            let block = format!(
+                "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n\
+                 stepping\t: 1\nmicrocode\t: 0xa0011d1\ncpu MHz\t\t: {mhz}\nflags\t\t: {flags}\n"
+            );
+            cpu_in(&format!("{block}\n{}", block.replace("processor\t: 0", "processor\t: 1")))
+        };
+        let one = x86("2000", "fpu vme sse");
+        assert!(one.starts_with("AuthenticAMD, 25, 1, AMD EPYC, 1, features "), "{one}");
+        assert_eq!(one, x86("3000", "sse fpu vme"));
+        assert_ne!(one, x86("2000", "fpu vme"));
+        let arm = |part: &str| format!("BogoMIPS : 50\nFeatures : fp sve\nCPU implementer : 0x41\nCPU part : {part}\n");
+        let both = cpu_in(&format!("{}\n{}", arm("0xd05"), arm("0xd0b")));
+        assert_eq!(both, cpu_in(&format!("{}\n{}", arm("0xd0b"), arm("0xd05"))));
+        assert!(both.contains("0xd05") && both.contains("0xd0b"), "{both}");
+        assert!(!cpu().unwrap().is_empty());
+    }
+}
