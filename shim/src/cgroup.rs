@@ -79,6 +79,33 @@ impl Cgroup {
         Ok(Self { dirs: dirs_of(cgroups_path, pod)?.into_iter().filter(|d| d.is_dir()).collect() })
     }
 
+    /// Bounds what the processes in it take: that many bytes of memory, and of the CPUs a tenth of what others get
+    /// who want them at the same time.
+    ///
+    /// # Errors
+    /// Where the kernel refuses one of them.
+    pub fn bound(&self, memory: u64) -> io::Result<()> {
+        for dir in &self.dirs {
+            let unified = dir.join("cgroup.controllers").exists();
+            if unified {
+                pass_controllers(dir);
+            }
+            let bounds = match unified {
+                true => [("cpu.weight", "10".to_owned()), ("memory.max", memory.to_string())],
+                false => [("cpu.shares", "102".to_owned()), ("memory.limit_in_bytes", memory.to_string())],
+            };
+            for (name, value) in bounds {
+                let file = dir.join(name);
+                // Of the hierarchies of version 1 each has its own.
+                if unified || file.exists() {
+                    let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", file.display()));
+                    fs::write(&file, value).map_err(named)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Its directories.
     #[must_use]
     pub fn dirs(&self) -> &[PathBuf] {
@@ -114,6 +141,17 @@ fn kill_all(dir: &Path) {
     let pids = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
     for pid in pids.lines().filter_map(|l| l.parse().ok()).filter(|pid| *pid > 1) {
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+}
+
+/// Version 2 gives a cgroup only the controllers that each above it passes on. Where that fails, the bounds tell.
+fn pass_controllers(dir: &Path) {
+    let mut above: Vec<&Path> = dir.ancestors().skip(1).take_while(|d| d.join("cgroup.controllers").exists()).collect();
+    above.reverse();
+    for dir in above {
+        for controller in ["+cpu", "+memory"] {
+            let _ = fs::write(dir.join("cgroup.subtree_control"), controller);
+        }
     }
 }
 
@@ -240,6 +278,13 @@ mod tests {
         };
         let dirs = cgroup.dirs().to_vec();
         assert!(dirs.iter().all(|d| d.is_dir()));
+        cgroup.bound(64 << 20).unwrap();
+        let read = |names: [&str; 2]| {
+            let files = dirs.iter().flat_map(|d| names.map(|name| d.join(name)));
+            files.filter_map(|file| fs::read_to_string(file).ok()).next().map(|text| text.trim().to_owned())
+        };
+        assert_eq!(read(["memory.max", "memory.limit_in_bytes"]).as_deref(), Some("67108864"));
+        assert!(matches!(read(["cpu.weight", "cpu.shares"]).as_deref(), Some("10" | "102")));
         let mut child = sleeper(&dirs);
         let killer = thread::spawn(move || child.wait().unwrap());
         cgroup.remove();

@@ -1,7 +1,8 @@
 //! chsnap: every pod is a microVM.
 //!
 //! Each concern is a room with one door. Data flows one way: `task` (containerd's API) → `sandbox` (a pod's life)
-//! → `share` (its root file systems), `vmm` (the machine), `agent` (the guest). `config` says how.
+//! → `share` (its root file systems), `vmm` (the machine), `agent` (the guest). `config` says how, `snapshot` from what;
+//! `template` builds snapshots beside the pods.
 //! `docs/architecture.md` follows one `ctr run` through the rooms.
 
 pub mod agent;
@@ -20,4 +21,5 @@ pub mod snapshot;
 pub mod state;
 mod sys;
 pub mod task;
+pub mod template;
 pub mod vmm;

@@ -1,12 +1,14 @@
 //! What has to happen between fork and exec. With `vmm/kvm/sys.rs` the only `unsafe` there is.
 
 use std::{
+    fs::File,
     io,
     os::fd::{AsRawFd, OwnedFd},
 };
 
 use nix::{
     fcntl::{FcntlArg, FdFlag, fcntl},
+    sched::{CloneFlags, setns},
     sys::{prctl, signal::Signal},
     unistd,
 };
@@ -47,6 +49,31 @@ pub(crate) fn before_exec(command: &mut Command, before: BeforeExec) {
     // SAFETY: the closure only makes direct system calls on data that was allocated before the fork; it neither
     // allocates nor takes locks (nix, seccompiler and io::Error::from(errno | kind) do not).
     unsafe { command.pre_exec(run) };
+}
+
+/// Lets a child live on without this process: in a session of its own, with nothing of ours open but its stdio, and in
+/// the mount namespace `home`, since what is mounted in ours would otherwise stay for as long as the child.
+pub(crate) fn detach(command: &mut Command, home: Option<&'static File>) {
+    let run = move || -> io::Result<()> {
+        unistd::setsid()?;
+        if let Some(home) = home {
+            setns(home, CloneFlags::CLONE_NEWNS)?;
+        }
+        close_others_on_exec();
+        Ok(())
+    };
+    // SAFETY: the closure only makes direct system calls, on a descriptor that is never closed.
+    unsafe { command.pre_exec(run) };
+}
+
+/// Lets other processes go first, and those it starts from now on.
+pub(crate) fn stand_back() -> io::Result<()> {
+    const NICE: libc::c_int = 10;
+    // SAFETY: takes numbers only.
+    match unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Last, for it is not known to let the other calls through.

@@ -10,8 +10,8 @@ use chsnap_protocol::{
     MAX_CHUNK, PROTOCOL_VERSION,
     agent::{
         ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, CreateProcessResponse, Empty,
-        InfoRequest, InfoResponse, ProcessRef, ReadStreamRequest, ResizeTerminalRequest, SignalProcessRequest,
-        StatsResponse, Stdio, StreamRef, WaitProcessResponse, WriteStreamRequest,
+        InfoRequest, InfoResponse, ProcessRef, ReadStreamRequest, ResizeTerminalRequest, ResumeRequest,
+        SignalProcessRequest, StatsResponse, Stdio, StreamRef, WaitProcessResponse, WriteStreamRequest,
     },
     agent_ttrpc::AgentClient,
     session,
@@ -22,8 +22,10 @@ use ttrpc::{Code, asynchronous::transport::Socket, context::Context};
 
 use crate::vmm::Channel;
 
+mod fresh;
 mod pump;
 
+pub use fresh::Fresh;
 pub use pump::{read_into, write_from};
 
 /// A call to the agent failed.
@@ -128,6 +130,18 @@ impl Agent {
     ) -> Result<T, AgentError> {
         let reason = || format!("nothing came for {} s ([deadlines] agent_call)", self.deadline.as_secs_f32());
         timeout(self.deadline, answer).await.unwrap_or_else(|_| Err(AgentError::Lost { call, reason: reason() }))
+    }
+
+    /// Makes a restored machine one of its own: the first call on one, and where it fails, the last.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn resume(&self, fresh: Fresh, mount_share: bool) -> Result<(), AgentError> {
+        let Fresh { entropy, epoch } = fresh;
+        let mut request = ResumeRequest { entropy, epoch, mount_share, ..Default::default() };
+        // Last of all, since it is late from now on.
+        request.wall_clock_ns = now_ns();
+        ask!(self, "Resume", resume(request)).await.map(drop)
     }
 
     /// Makes a container. `spec_json` as in `agent.proto`.

@@ -1,4 +1,5 @@
-//! `containerd-shim-chsnap-v2`, as containerd runs it: `start`, `delete`, `-info`, `-v`, and the server itself.
+//! `containerd-shim-chsnap-v2`, as containerd runs it: `start`, `delete`, `-info`, `-v`, and the server itself. And, as the
+//! shim runs it beside a pod, the builder of a template.
 
 use std::{env, process::ExitCode};
 
@@ -8,11 +9,15 @@ use chsnap::{
         chain,
         server::{self, Actions, RUNTIME, ServeError},
     },
+    template,
 };
 use containerd_shim::{Flags, StartOpts};
 
 fn main() -> ExitCode {
     let args: Vec<_> = env::args_os().skip(1).collect();
+    if args == [template::COMMAND] {
+        return template::serve();
+    }
     let flags = match containerd_shim::parse(&args) {
         Ok(flags) => flags,
         Err(e) => return failed(&e),

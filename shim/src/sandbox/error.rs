@@ -75,10 +75,12 @@ pub enum StartError {
         how: String,
     },
     /// The guest hangs.
-    #[error("the guest's agent did not answer within {seconds} s ([deadlines] boot); guest console: {console}")]
+    #[error("the guest's agent did not answer within {seconds} s ([deadlines] {key}); guest console: {console}")]
     NoAgent {
         /// The deadline.
         seconds: f32,
+        /// Where it is set.
+        key: &'static str,
         /// Its last lines.
         console: String,
     },
@@ -88,6 +90,18 @@ pub enum StartError {
     /// The session with the agent.
     #[error("cannot talk to the guest's agent")]
     Agent(#[from] AgentError),
+    /// The host has no random numbers.
+    #[error("the host gives no random numbers for the restored guest")]
+    Fresh(#[source] io::Error),
+    /// What is restored is still what it was restored from.
+    #[error("the restored guest cannot be made one of its own")]
+    Resume(#[source] AgentError),
+    /// There is no other way left.
+    #[error("annotation io.chsnap.snapshot = \"require\", but no snapshot could be used: {why}")]
+    Required {
+        /// Why not.
+        why: String,
+    },
     /// The agent refused the container.
     #[error("the guest cannot create the container")]
     Container(#[source] AgentError),

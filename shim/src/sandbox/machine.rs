@@ -1,25 +1,99 @@
 //! Machine and virtiofsd as one thing: either's end is the end of both, and the better explanation is told.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use chsnap_protocol::agent::InfoResponse;
-use tokio::{sync::watch, task::AbortHandle, time::timeout};
+use chsnap_protocol::{SHARE_LATER, agent::InfoResponse};
+use tokio::{
+    sync::watch,
+    task::AbortHandle,
+    time::{timeout, timeout_at},
+};
 
 use super::StartError;
 use crate::{
-    agent::Agent,
-    config::Config,
+    agent::{Agent, Fresh},
+    config::{Config, Deadline, Deadlines, Shape},
     share::{Ended, Virtiofsd},
-    vmm::{Driver, Vm, VmExit, VmSpec},
+    vmm::{Driver, Rung, Vm, VmExit, VmSpec},
 };
 
+/// virtiofsd's, in the pod's directory. No socket's name may be longer than `dir.rs` says.
+const SHARE_SOCKET: &str = "fs.sock";
+
+/// How a machine comes into being.
+#[derive(Clone, Copy)]
+pub(crate) enum Origin<'a> {
+    /// Its kernel boots.
+    Boot,
+    /// From the snapshot in this directory.
+    Snapshot(&'a Path),
+}
+
+/// How long a guest may take to get ready, and where that is configured.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Patience {
+    pub until: Instant,
+    pub whole: Duration,
+    pub key: &'static str,
+}
+
+impl Patience {
+    /// That of a boot, from now on.
+    pub fn boot(deadlines: &Deadlines) -> Self {
+        Self::of(deadlines.boot, "boot")
+    }
+
+    /// That of a restore, from now on.
+    pub fn restore(deadlines: &Deadlines) -> Self {
+        Self::of(deadlines.restore, "restore")
+    }
+
+    fn of(deadline: Deadline, key: &'static str) -> Self {
+        let whole = deadline.duration();
+        Self { until: Instant::now() + whole, whole, key }
+    }
+}
+
+/// The machine of this configuration and shape, with virtiofsd's socket and its own in `dir`.
+pub(crate) fn spec(config: &Config, shape: Shape, dir: &Path, cgroups: &[PathBuf]) -> VmSpec {
+    VmSpec {
+        cpus: shape.vcpus,
+        memory_mib: shape.memory_mib,
+        kernel: config.guest.kernel.clone(),
+        initramfs: config.guest.initramfs.clone(),
+        cmdline: config.guest.cmdline_words(),
+        share_socket: dir.join(SHARE_SOCKET),
+        run_dir: dir.into(),
+        cgroups: cgroups.to_vec(),
+        rung: config.vmm.rung,
+        snapshot_dir: None,
+        deadline: config.deadlines.boot.duration(),
+    }
+}
+
+/// The same as a template on `rung` is, or what is restored from one: the two may differ in paths alone.
+pub(crate) fn templates_spec(spec: VmSpec, rung: Rung) -> VmSpec {
+    let mut spec = VmSpec { rung, ..spec };
+    spec.cmdline.push(SHARE_LATER.into());
+    spec
+}
+
 /// Starts the machine. A virtiofsd that ended is the better explanation for a VMM that failed.
-pub(super) async fn boot(
+pub(crate) async fn start(
     driver: &dyn Driver,
     spec: &VmSpec,
+    origin: Origin<'_>,
     virtiofsd: &mut Virtiofsd,
 ) -> Result<Box<dyn Vm>, StartError> {
-    match driver.boot(spec).await {
+    let started = match origin {
+        Origin::Boot => driver.boot(spec).await,
+        Origin::Snapshot(from) => driver.restore(spec, from).await,
+    };
+    match started {
         Ok(vm) => Ok(vm),
         Err(e) => match timeout(Duration::from_millis(100), virtiofsd.ended()).await {
             Ok(ended) if !ended.clean => Err(StartError::VirtiofsdEnded(ended.how)),
@@ -28,17 +102,24 @@ pub(super) async fn boot(
     }
 }
 
-/// Waits for the agent, for as long as machine and virtiofsd live and the deadline allows.
-pub(super) async fn meet_agent(
+/// Waits for the agent, for as long as machine and virtiofsd live and `patience` lasts. A restored machine is made one
+/// of its own, and is none before.
+pub(crate) async fn meet_agent(
     vm: &dyn Vm,
     virtiofsd: &mut Virtiofsd,
-    config: &Config,
+    patience: Patience,
+    agent_call: Duration,
+    origin: Origin<'_>,
 ) -> Result<(Agent, InfoResponse), StartError> {
-    let deadline = config.deadlines.boot.duration();
     let (mut exited, mut exited_too) = (vm.exited(), vm.exited());
     let met = async {
         let channel = vm.channel().await?;
-        Ok(Agent::open(channel, config.deadlines.agent_call.duration()).await?)
+        let (agent, info) = Agent::open(channel, agent_call).await?;
+        if let Origin::Snapshot(_) = origin {
+            let fresh = Fresh::new().map_err(StartError::Fresh)?;
+            agent.resume(fresh, true).await.map_err(StartError::Resume)?;
+        }
+        Ok((agent, info))
     };
     tokio::select! {
         // In this order: a dead machine explains a broken channel, not the other way round.
@@ -53,7 +134,7 @@ pub(super) async fn meet_agent(
             Some(exit) => Err(StartError::Died { how: describe(&exit) }),
             None => Err(StartError::VirtiofsdEnded(ended.how)),
         },
-        met = timeout(deadline, met) => match met {
+        met = timeout_at(patience.until.into(), met) => match met {
             Ok(Ok(met)) => Ok(met),
             Ok(Err(e)) => {
                 // The channel breaks a moment before the VMM is reaped.
@@ -62,7 +143,10 @@ pub(super) async fn meet_agent(
                     None => Err(e),
                 }
             }
-            Err(_) => Err(StartError::NoAgent { seconds: deadline.as_secs_f32(), console: vm.console() }),
+            Err(_) => {
+                let (seconds, key) = (patience.whole.as_secs_f32(), patience.key);
+                Err(StartError::NoAgent { seconds, key, console: vm.console() })
+            }
         },
     }
 }

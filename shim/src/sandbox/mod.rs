@@ -13,15 +13,17 @@ mod dir;
 mod error;
 mod expose;
 mod features;
-mod machine;
+pub(crate) mod machine;
 mod phases;
 mod plan;
+mod start;
+mod ways;
 
 pub use dir::{DirError, PodDir, dir_of};
 pub use error::{ContainerError, RootError, StartError};
 pub use expose::{ExposeError, Exposed};
 pub(crate) use machine::settled;
-use machine::{boot, meet_agent, watch_over};
+use machine::watch_over;
 pub use phases::Phases;
 pub use plan::{Division, Plan, PlanError};
 
@@ -32,13 +34,10 @@ use crate::{
     cgroup::Cgroup,
     config::{AnnotationError, Config, GuestConfig, Overrides, Shape},
     guest,
-    program::{Freshness, Scout},
-    share::{self, Content, RootMount, Share, Virtiofsd},
-    vmm::{self, Vm, VmSpec},
+    share::{Content, RootMount, Share, Virtiofsd},
+    state::Way,
+    vmm::{self, Vm},
 };
-
-/// virtiofsd's, in the pod's directory. No socket's name may be longer than `dir.rs` says.
-const SHARE_SOCKET: &str = "fs.sock";
 
 /// What a pod's machine is made from.
 #[derive(Debug)]
@@ -70,6 +69,17 @@ pub struct NewContainer<'a> {
     pub stdio: Stdio,
 }
 
+/// How a machine was started.
+#[derive(Debug, Clone)]
+pub struct Started {
+    /// In which way.
+    pub way: Way,
+    /// Why not in a better one.
+    pub why_not: Option<String>,
+    /// There was no snapshot, and one should be built.
+    pub wanting: bool,
+}
+
 /// A pod with its machine running.
 pub struct Sandbox {
     dir: PodDir,
@@ -77,6 +87,7 @@ pub struct Sandbox {
     info: InfoResponse,
     vm: Arc<dyn Vm>,
     driver: (vmm::VmmKind, vmm::Accelerator),
+    started: Started,
     shape: Shape,
     overrides: Overrides,
     share: Mutex<Option<Share>>,
@@ -117,6 +128,7 @@ struct Built {
     vm: Box<dyn Vm>,
     virtiofsd: Virtiofsd,
     driver: (vmm::VmmKind, vmm::Accelerator),
+    started: Started,
     met: Met,
 }
 
@@ -145,7 +157,7 @@ impl Sandbox {
         };
         let cgroup = cgroup.inspect_err(|_| dir.remove())?;
         let mut ground = Ground { dir, share: None, cgroup };
-        let Built { vm, virtiofsd, driver, met } = match Self::build(request, first, &mut ground, phases).await {
+        let Built { vm, virtiofsd, driver, started, met } = match start::build(request, first, &mut ground, phases).await {
             Ok(built) => built,
             Err(e) => {
                 ground.take_down();
@@ -162,6 +174,7 @@ impl Sandbox {
             info: met.info,
             vm,
             driver,
+            started,
             shape: request.shape,
             overrides: request.overrides.clone(),
             share: Mutex::new(ground.share),
@@ -172,79 +185,6 @@ impl Sandbox {
             stop_deadline: request.config.deadlines.stop.duration(),
         };
         Ok((sandbox, met.streams))
-    }
-
-    /// Starts virtiofsd and the machine; where it fails, neither runs.
-    async fn build(
-        request: &Request<'_>,
-        first: &NewContainer<'_>,
-        ground: &mut Ground,
-        phases: &mut Phases,
-    ) -> Result<Built, StartError> {
-        let config = request.config;
-        let mut scout = Scout::new(config, Freshness::Remembered);
-        let driver = vmm::select(&request.overrides.vmm(&config.vmm), &mut scout).await?;
-        let program = share::find_virtiofsd(&config.share, &mut scout).await?;
-        guest_files(&config.guest)?;
-        phases.mark("select");
-
-        let share = Share::create(ground.dir.path()).map_err(RootError::from)?;
-        let share = ground.share.insert(share);
-        let spec_json = add_root(share, first)?;
-        let socket = ground.dir.path().join(SHARE_SOCKET);
-        let mut virtiofsd = Virtiofsd::spawn(&program, config.share.cache, share.dir(), &socket, ground.cgroup.dirs())?;
-        phases.mark("share");
-
-        let spec = VmSpec {
-            cpus: request.shape.vcpus,
-            memory_mib: request.shape.memory_mib,
-            kernel: config.guest.kernel.clone(),
-            initramfs: config.guest.initramfs.clone(),
-            cmdline: config.guest.cmdline_words(),
-            share_socket: socket,
-            run_dir: ground.dir.path().into(),
-            cgroups: ground.cgroup.dirs().to_vec(),
-            rung: config.vmm.rung,
-            snapshot_dir: None,
-            deadline: config.deadlines.boot.duration(),
-        };
-        let vm = match boot(&*driver, &spec, &mut virtiofsd).await {
-            Ok(vm) => vm,
-            Err(e) => {
-                virtiofsd.kill().await;
-                return Err(e);
-            }
-        };
-        phases.mark("vmm");
-
-        match Self::meet(request, first, spec_json, &spec.run_dir, (&*vm, &mut virtiofsd), phases).await {
-            Ok(met) => Ok(Built { vm, virtiofsd, driver: (driver.kind(), driver.accelerator()), met }),
-            Err(e) => {
-                vm.kill().await;
-                virtiofsd.kill().await;
-                Err(e)
-            }
-        }
-    }
-
-    /// Has the agent create the first container.
-    async fn meet(
-        request: &Request<'_>,
-        first: &NewContainer<'_>,
-        spec_json: Vec<u8>,
-        dir: &Path,
-        (vm, virtiofsd): (&dyn Vm, &mut Virtiofsd),
-        phases: &mut Phases,
-    ) -> Result<Met, StartError> {
-        let (agent, info) = meet_agent(vm, virtiofsd, request.config).await?;
-        // The guest's own clock says what vm_init.sh and the agent took; the rest of the wait is firmware and kernel.
-        let init_to_ready = Duration::from_nanos(info.agent_ready_ns.saturating_sub(info.init_start_ns));
-        phases.mark_two("kernel", "agent", init_to_ready);
-        let streams =
-            agent.create_container(first.id, spec_json, first.stdio.clone()).await.map_err(StartError::Container)?;
-        let exposed = Exposed::open(dir, &request.overrides.expose, &agent).await?;
-        phases.mark("container");
-        Ok(Met { agent, info, streams, exposed })
     }
 
     /// Adds a further container to the pod.
@@ -328,6 +268,12 @@ impl Sandbox {
         self.driver
     }
 
+    /// How it was started.
+    #[must_use]
+    pub fn started(&self) -> &Started {
+        &self.started
+    }
+
     /// Refuses what a further container wants otherwise than the pod has it.
     ///
     /// # Errors
@@ -361,7 +307,7 @@ async fn close_when_gone(mut gone: watch::Receiver<Option<String>>, exposed: Arc
 }
 
 /// Refuses in the same words on every VMM what none could boot.
-fn guest_files(files: &GuestConfig) -> Result<(), StartError> {
+pub(crate) fn guest_files(files: &GuestConfig) -> Result<(), StartError> {
     let unreadable = |what, path: &Path, source| StartError::GuestFile { what, path: path.into(), source };
     guest::kernel(&files.kernel).map_err(|e| match e {
         KernelError::Unreadable(source) => unreadable("kernel", &files.kernel, source),

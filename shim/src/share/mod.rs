@@ -6,8 +6,10 @@
 //! their flags later: a root is put together beside the share, where nobody sees it, and moved in when it is whole.
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 use nix::{
@@ -65,6 +67,13 @@ pub enum ShareError {
     },
 }
 
+static HOME: OnceLock<File> = OnceLock::new();
+
+/// The mount namespace that [`enter_private_mounts`] has left.
+pub(crate) fn home() -> Option<&'static File> {
+    HOME.get()
+}
+
 /// Gives this process a mount namespace of its own that still receives the host's later mounts.
 ///
 /// To be called before any thread is started: a thread keeps the namespace it was born in.
@@ -72,6 +81,9 @@ pub enum ShareError {
 /// # Errors
 /// Without `CAP_SYS_ADMIN`.
 pub fn enter_private_mounts() -> nix::Result<()> {
+    if let Ok(home) = File::open("/proc/self/ns/mnt") {
+        let _ = HOME.set(home);
+    }
     unshare(CloneFlags::CLONE_NEWNS)?;
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>)
 }

@@ -97,7 +97,7 @@ impl Machine<'_> {
             version,
             program: digest(path, scout)?,
         };
-        Ok(Footing { host_kernel: host_kernel()?, cpu: cpu()?, vmm, from: self.config.vmm.rung })
+        Ok(Footing { host_kernel: host_kernel()?, cpu: cpu()?, vmm, from: self.config.vmm.rung.here() })
     }
 }
 

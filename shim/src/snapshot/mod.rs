@@ -16,6 +16,9 @@ mod store;
 mod store_tests;
 mod tree;
 
+#[cfg(test)]
+pub(crate) use key::tests::inputs as tests_inputs;
+
 pub(crate) use digest::of_file as digest_of;
 pub use error::{BuildError, EvictError, FindError, ListError, OpenError};
 pub use evict::Evicted;

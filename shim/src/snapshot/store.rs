@@ -207,6 +207,20 @@ impl Building {
         &self.dir
     }
 
+    /// What it is to be found by.
+    #[must_use]
+    pub fn inputs(&self) -> &Inputs {
+        &self.inputs
+    }
+
+    /// Throws away what was built so far; the place is still taken.
+    ///
+    /// # Errors
+    /// Where something cannot be removed.
+    pub fn clear(&self) -> Result<(), BuildError> {
+        empty(&self.dir).map_err(|source| BuildError::Io { path: self.dir.clone(), source })
+    }
+
     /// Everything in the directory is the snapshot from now on, for everybody.
     ///
     /// # Errors

@@ -74,6 +74,9 @@ fn one_builds_at_a_time_and_one_that_gives_up_leaves_nothing() {
     let building = filled(&store, inputs());
     assert!(matches!(store.build(inputs()), Err(BuildError::Busy { .. })));
     let other = filled(&store, of(2));
+    building.clear().unwrap();
+    assert_eq!(fs::read_dir(building.dir()).unwrap().count(), 0);
+    assert!(matches!(store.build(inputs()), Err(BuildError::Busy { .. })));
     drop(building);
     drop(other);
     assert!(names(&store).is_empty());

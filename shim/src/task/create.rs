@@ -19,7 +19,8 @@ use crate::{
     config::{Annotations, Config, Shape},
     sandbox::{NewContainer, Phases, Plan, Request, Sandbox, StartError, dir_of},
     share::RootMount,
-    state::{self, Exposed, State, Way},
+    template::{self, Order},
+    state::{self, Exposed, State},
 };
 
 /// Where the bundle keeps the name of the pod's directory.
@@ -121,7 +122,16 @@ impl Service {
         }
         let (vmm, accelerator) = sandbox.driver();
         let ms = phases.total().as_millis();
-        log::info!("VM started by direct boot in {ms} ms: {vmm} on {accelerator}, {:?} us", state.phases_us);
+        let (started, why_not) = (sandbox.started(), state.why_not.as_deref().unwrap_or("it is the best"));
+        let way = started.way;
+        log::info!(
+            "VM of {} started in {ms} ms, way {way} ({why_not}): {vmm} on {accelerator}, {:?} us",
+            request.id,
+            state.phases_us
+        );
+        if started.wanting {
+            template::launch(Order::of(request.config, request.overrides, request.shape)).await;
+        }
         *slot = Some(Arc::clone(&sandbox));
         Ok((streams, sandbox))
     }
@@ -142,8 +152,8 @@ fn state_of(request: &Request<'_>, sandbox: &Sandbox, phases: &Phases) -> State 
         vmm: Some(vmm),
         accelerator: Some(accelerator),
         guest_kernel: Some(sandbox.info().kernel_release.chars().filter(|c| !c.is_control()).take(64).collect()),
-        way: Some(Way::Direct),
-        why_not: Some("this version has no snapshots".into()),
+        way: Some(sandbox.started().way),
+        why_not: sandbox.started().why_not.clone(),
         started_at: state::timestamp(),
         vcpus: request.shape.vcpus,
         memory_mib: request.shape.memory_mib,

@@ -26,9 +26,14 @@ impl Rung {
     /// From the fullest to the barest.
     pub const LADDER: [Self; 3] = [Self::Standard, Self::NoPmu, Self::Aggressive];
 
+    /// What it comes to on this host's processor.
+    pub fn here(self) -> Self {
+        self.on(Arch::HOST)
+    }
+
     /// This one and the barer ones, on this host's processor.
     pub fn and_barer(self) -> impl Iterator<Item = Self> {
-        let from = self.on(Arch::HOST);
+        let from = self.here();
         Self::LADDER.into_iter().filter(move |rung| *rung >= from)
     }
 

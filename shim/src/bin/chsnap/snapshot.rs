@@ -1,11 +1,17 @@
 //! `chsnap snapshot`
 
-use std::{error::Error, path::PathBuf, process::ExitCode, time::SystemTime};
+use std::{
+    error::Error,
+    path::PathBuf,
+    process::ExitCode,
+    time::{Instant, SystemTime},
+};
 
 use chsnap::{
-    config::{Config, Size},
+    config::{Config, Overrides, Shape, Size},
     snapshot::{Entry, Key, Manifest, Store},
     task::chain,
+    template::{self, Built, Order},
 };
 use clap::Subcommand;
 use serde::Serialize;
@@ -18,6 +24,8 @@ pub enum Command {
     Ls(Args),
     /// Show what one was made from and consists of
     Inspect(One),
+    /// Build one ahead of the first pod that would use it
+    Build(Build),
     /// Compare the files of one, or of all, with their digests; exit with 0 if all fit
     Verify(Several),
     /// Remove some; one in use stays
@@ -52,6 +60,21 @@ pub struct Several {
     /// All of them
     #[arg(long, conflicts_with = "keys")]
     all: bool,
+    #[command(flatten)]
+    args: Args,
+}
+
+#[derive(clap::Args)]
+pub struct Build {
+    /// Of a guest with nothing but kernel and agent, for any image
+    #[arg(long, required = true)]
+    base: bool,
+    /// Memory of the guest, such as 1GiB [default: guest.default_memory]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<Size>,
+    /// vCPUs of the guest [default: guest.default_vcpus]
+    #[arg(long, value_name = "N")]
+    vcpus: Option<u32>,
     #[command(flatten)]
     args: Args,
 }
@@ -101,6 +124,7 @@ pub fn run(command: &Command) -> Outcome {
     match command {
         Command::Ls(args) => list(args),
         Command::Inspect(one) => inspect(one),
+        Command::Build(build) => self::build(build),
         Command::Verify(some) => each(some, "fits", |store, key| store.verify(key).map_err(Into::into)),
         Command::Rm(some) => each(some, "removed", |store, key| store.remove(key).map_err(Into::into)),
         Command::Prune(prune) => self::prune(prune),
@@ -222,6 +246,28 @@ fn prune(prune: &Prune) -> Outcome {
     } else {
         evicted.iter().for_each(|one| println!("{}: removed, {}", one.key.short(), mib(one.bytes)));
         println!("{} removed in {} snapshots", mib(evicted.iter().map(|one| one.bytes).sum()), evicted.len());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// In the foreground, with all the CPU it can get.
+fn build(build: &Build) -> Outcome {
+    let config = Config::load(build.args.config.as_deref())?;
+    let overrides = Overrides { memory: build.memory, vcpus: build.vcpus, ..Overrides::default() };
+    let shape = Shape::of(&config, &overrides, None)?;
+    let order = Order { beside: false, ..Order::of(&config, &overrides, shape) };
+    template::isolate().map_err(|error| format!("cannot enter namespaces of its own, run this as root: {error}"))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let began = Instant::now();
+    let mut tell = |line: &str| eprintln!("chsnap: {:5.1} s  {line}", began.elapsed().as_secs_f32());
+    let (key, new) = match runtime.block_on(template::build(&order, &mut tell))? {
+        Built::New(key) => (key, true),
+        Built::There(key) => (key, false),
+    };
+    if build.args.json {
+        print_json(&serde_json::json!({ "key": key, "new": new }))?;
+    } else {
+        println!("{key}{}", if new { "" } else { " was there already" });
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,0 +1,325 @@
+//! Building a template: start, save, restore by way of trial, publish.
+
+use std::path::Path;
+
+use chsnap_protocol::agent::InfoResponse;
+
+use super::{
+    Built, Order, RungError, TemplateError,
+    climb::{Climbed, Step, climb},
+    told,
+};
+use crate::{
+    agent::Agent,
+    cgroup::Cgroup,
+    config::{Config, VmmConfig},
+    program::{Freshness, Scout},
+    sandbox::{
+        DirError, PodDir, RootError, StartError, guest_files,
+        machine::{self, Origin, Patience},
+    },
+    share::{self, Share, Virtiofsd, VirtiofsdProgram},
+    snapshot::{BuildError, Building, Ladder, Machine, Refusal, Store},
+    task::chain,
+    vmm::{self, Driver, Rung, Vm, VmSpec},
+};
+
+/// Below the state directory, one for each builder. No namespace of containerd's begins with a point.
+const DIR: &str = ".builders";
+/// The cgroup of all of them.
+const CGROUP: &str = "/chsnap-builders";
+/// What VMM and virtiofsd take beside the guest's memory, in MiB.
+const OVERHEAD_MIB: u64 = 768;
+
+/// Builds the base snapshot that `order` asks for; `tell` hears how far it is.
+///
+/// # Errors
+/// See [`TemplateError`]. Nothing runs any more, and nothing is left in the store.
+pub async fn build(order: &Order, tell: &mut dyn FnMut(&str)) -> Result<Built, TemplateError> {
+    let config = &order.config;
+    let store = Store::open(&config.snapshot.dir, config.snapshot.budget.as_bytes())?;
+    let mut ground = Ground::claim(order, tell)?;
+    let built = Workshop { order, store, ground: &ground, held: Vec::new() }.build(tell).await;
+    ground.take_down();
+    built
+}
+
+/// What a builder works on.
+struct Ground {
+    dir: PodDir,
+    cgroup: Cgroup,
+    share: Option<Share>,
+}
+
+impl Ground {
+    /// Takes one of the places, and clears away what a builder that was killed has left there.
+    fn claim(order: &Order, tell: &mut dyn FnMut(&str)) -> Result<Self, TemplateError> {
+        let Config { state, snapshot, .. } = &order.config;
+        // One by hand is always allowed.
+        let places = if order.beside { snapshot.builders } else { snapshot.builders.max(1) };
+        for number in 0..places {
+            let dir = match PodDir::claim(&state.dir.join(DIR).join(number.to_string())) {
+                Ok(dir) => dir,
+                Err(DirError::Taken { .. }) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            let bounded = Cgroup::create(CGROUP, dir.path()).map_err(|error| chain(&error)).and_then(|mut cgroup| {
+                let memory = (order.memory_mib + OVERHEAD_MIB) << 20;
+                match cgroup.bound(memory) {
+                    Ok(()) => Ok(cgroup),
+                    Err(error) => {
+                        cgroup.remove();
+                        Err(error.to_string())
+                    }
+                }
+            });
+            let cgroup = bounded.unwrap_or_else(|error| {
+                tell(&format!("without bounds on memory and CPU: {error}"));
+                Cgroup::default()
+            });
+            let share = Share::create(dir.path());
+            let mut ground = Self { dir, cgroup, share: None };
+            match share {
+                Ok(share) => ground.share = Some(share),
+                Err(error) => {
+                    ground.take_down();
+                    return Err(TemplateError::Start(RootError::from(error).into()));
+                }
+            }
+            return Ok(ground);
+        }
+        Err(TemplateError::Busy(places))
+    }
+
+    fn take_down(&mut self) {
+        self.share = None;
+        self.cgroup.remove();
+        self.dir.remove();
+    }
+}
+
+struct Workshop<'a> {
+    order: &'a Order,
+    store: Store,
+    ground: &'a Ground,
+    /// The places in the store of rungs that were refused: whoever wants to build the same is to see that it is being
+    /// built.
+    held: Vec<Building>,
+}
+
+impl Workshop<'_> {
+    async fn build(mut self, tell: &mut dyn FnMut(&str)) -> Result<Built, TemplateError> {
+        let Config { vmm, share, guest, state, .. } = &self.order.config;
+        let mut scout = Scout::new(&self.order.config, Freshness::Remembered);
+        let driver = vmm::select(vmm, &mut scout).await?;
+        let virtiofsd = share::find_virtiofsd(share, &mut scout).await?;
+        guest_files(guest).map_err(TemplateError::Start)?;
+        let footing = self.machine(&*driver, &virtiofsd).footing(&mut scout).await?;
+        let mut ladder = Ladder::load(&state.dir);
+        // Whoever waits for it wants it tried.
+        let known = ladder.outcome(&footing).filter(|_| self.order.beside).cloned();
+        if let Some(why) = known.as_ref().and_then(|outcome| outcome.hopeless()) {
+            return Err(TemplateError::NoRung(why));
+        }
+        let rungs = footing.from.and_barer();
+        let attempt = async |rung, refusals: &[Refusal]| {
+            self.attempt(rung, refusals, &virtiofsd, &mut scout, tell).await
+        };
+        let Climbed { on, refusals } = climb(rungs, Rung::moot, known.as_ref(), attempt).await?;
+        let Some((rung, built)) = on else {
+            ladder.learn(footing, None, refusals);
+            let why = ladder.outcomes().last().and_then(|outcome| outcome.hopeless());
+            return Err(TemplateError::NoRung(why.unwrap_or_default()));
+        };
+        if let Built::New(key) = &built {
+            ladder.worked(key);
+            ladder.learn(footing, Some(rung), refusals);
+            if let Err(error) = self.store.keep_budget() {
+                tell(&format!("the store's budget is not kept: {}", chain(&error)));
+            }
+        }
+        Ok(built)
+    }
+
+    fn machine<'m>(&'m self, driver: &'m dyn Driver, virtiofsd: &'m VirtiofsdProgram) -> Machine<'m> {
+        Machine { config: &self.order.config, shape: self.order.shape(), driver, virtiofsd }
+    }
+
+    async fn attempt(
+        &mut self,
+        rung: Rung,
+        refusals: &[Refusal],
+        virtiofsd: &VirtiofsdProgram,
+        scout: &mut Scout,
+        tell: &mut dyn FnMut(&str),
+    ) -> Step<Built, TemplateError> {
+        match self.on_rung(rung, refusals, virtiofsd, scout, tell).await {
+            Ok(built) => Step::Works(built),
+            Err(Unbuilt::Rung(error)) => {
+                tell(&format!("{rung}: {}", chain(&error)));
+                Step::Refused(error)
+            }
+            Err(Unbuilt::Else(error)) => Step::Broken(error),
+        }
+    }
+
+    async fn on_rung(
+        &mut self,
+        rung: Rung,
+        refusals: &[Refusal],
+        virtiofsd: &VirtiofsdProgram,
+        scout: &mut Scout,
+        tell: &mut dyn FnMut(&str),
+    ) -> Result<Built, Unbuilt> {
+        let config = &self.order.config;
+        let vmm = VmmConfig { rung, ..config.vmm.clone() };
+        let driver = vmm::select(&vmm, scout).await.map_err(TemplateError::from)?;
+        let inputs = self.machine(&*driver, virtiofsd).base(rung, scout).await.map_err(TemplateError::from)?;
+        let key = inputs.key();
+        let mut ladder = Ladder::load(&config.state.dir);
+        if let Some(failure) = ladder.failure(&key).filter(|_| self.order.beside) {
+            return Err(TemplateError::Lately(failure.why.clone()).into());
+        }
+        let building = match self.store.build(inputs) {
+            Ok(building) => building,
+            Err(BuildError::Exists { key }) => return Ok(Built::There(key)),
+            Err(error) => return Err(TemplateError::from(error).into()),
+        };
+        tell(&format!("{rung}: starting the template of {}", key.short()));
+        let made = self.make(&*driver, virtiofsd, rung, building.dir(), tell).await;
+        let published = match made {
+            Ok(()) => self.publish(building, refusals, &*driver, virtiofsd, scout).await,
+            Err(Unbuilt::Rung(error)) => {
+                building.clear().map_err(TemplateError::from)?;
+                self.held.push(building);
+                return Err(error.into());
+            }
+            Err(Unbuilt::Else(error)) => Err(error),
+        };
+        published.map_err(|error| {
+            if is_lasting(&error) {
+                ladder.failed(key, chain(&error));
+            }
+            error.into()
+        })
+    }
+
+    /// A file that was replaced since its digest was taken may be in the template, or may not.
+    async fn publish(
+        &self,
+        building: Building,
+        refusals: &[Refusal],
+        driver: &dyn Driver,
+        virtiofsd: &VirtiofsdProgram,
+        scout: &mut Scout,
+    ) -> Result<Built, TemplateError> {
+        let now = self.machine(driver, virtiofsd).base(building.inputs().rung, scout).await?;
+        if now != *building.inputs() {
+            return Err(TemplateError::Changed);
+        }
+        Ok(Built::New(building.publish(refusals.to_vec())?))
+    }
+
+    /// Starts a guest, saves it into `into`, and restores it from there.
+    async fn make(
+        &self,
+        driver: &dyn Driver,
+        virtiofsd: &VirtiofsdProgram,
+        rung: Rung,
+        into: &Path,
+        tell: &mut dyn FnMut(&str),
+    ) -> Result<(), Unbuilt> {
+        let Ground { dir, cgroup, .. } = self.ground;
+        let config = &self.order.config;
+        let spec = machine::spec(config, self.order.shape(), dir.path(), cgroup.dirs());
+        let restored = machine::templates_spec(spec, rung);
+        let template = VmSpec { snapshot_dir: Some(into.to_owned()), ..restored.clone() };
+        let running = self.start(driver, virtiofsd, &template, Origin::Boot).await.map_err(|error| {
+            // On the rung on which pods boot, that says nothing about rungs.
+            if rung == config.vmm.rung.here() { TemplateError::Start(error).into() } else { RungError::Start(error).into() }
+        })?;
+        tell(&format!("{rung}: saving it, {}", told(&running.info)));
+        let saved = running.vm.snapshot(into).await;
+        running.end().await;
+        saved.map_err(RungError::Save)?;
+        tell(&format!("{rung}: restoring it by way of trial"));
+        let trial = self.start(driver, virtiofsd, &restored, Origin::Snapshot(into)).await;
+        trial.map_err(RungError::Trial)?.end().await;
+        Ok(())
+    }
+
+    /// A machine whose agent answers; where it fails, nothing of it runs. What is restored may take as long as a boot:
+    /// the trial is about whether it works, on a host that may have other things to do.
+    async fn start(
+        &self,
+        driver: &dyn Driver,
+        program: &VirtiofsdProgram,
+        spec: &VmSpec,
+        origin: Origin<'_>,
+    ) -> Result<Running, StartError> {
+        let Config { share, deadlines, .. } = &self.order.config;
+        let dir = self.ground.share.as_ref().map_or(self.ground.dir.path(), Share::dir);
+        let mut virtiofsd = Virtiofsd::spawn(program, share.cache, dir, &spec.share_socket, &spec.cgroups)?;
+        let vm = match machine::start(driver, spec, origin, &mut virtiofsd).await {
+            Ok(vm) => vm,
+            Err(error) => {
+                virtiofsd.kill().await;
+                return Err(error);
+            }
+        };
+        let call = deadlines.agent_call.duration();
+        match machine::meet_agent(&*vm, &mut virtiofsd, Patience::boot(deadlines), call, origin).await {
+            // The session stays open until the machine is saved: then the agent waits, and does nothing else.
+            Ok((agent, info)) => Ok(Running { vm, virtiofsd, info, _agent: agent }),
+            Err(error) => {
+                vm.kill().await;
+                virtiofsd.kill().await;
+                Err(error)
+            }
+        }
+    }
+}
+
+/// A guest that is up, and everything of it.
+struct Running {
+    vm: Box<dyn Vm>,
+    virtiofsd: Virtiofsd,
+    info: InfoResponse,
+    _agent: Agent,
+}
+
+impl Running {
+    async fn end(mut self) {
+        self.vm.kill().await;
+        self.virtiofsd.kill().await;
+    }
+}
+
+/// Why there is no template on one rung.
+enum Unbuilt {
+    /// The rung does not work.
+    Rung(RungError),
+    /// It has nothing to do with the rung.
+    Else(TemplateError),
+}
+
+impl From<RungError> for Unbuilt {
+    fn from(error: RungError) -> Self {
+        Self::Rung(error)
+    }
+}
+
+impl From<TemplateError> for Unbuilt {
+    fn from(error: TemplateError) -> Self {
+        Self::Else(error)
+    }
+}
+
+/// Whether it would be the same a moment later.
+fn is_lasting(error: &TemplateError) -> bool {
+    match error {
+        TemplateError::Start(_) => true,
+        TemplateError::Build(error) => !matches!(error, BuildError::Busy { .. } | BuildError::Exists { .. }),
+        _ => false,
+    }
+}

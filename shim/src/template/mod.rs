@@ -1,0 +1,116 @@
+//! Templates: guests that are started for nothing but to be saved. One is built on the fullest rung of the ladder on
+//! which what was saved can be restored again, which is tried before anybody gets to see it.
+//!
+//! `builder` builds one, `launch` has that done by a process of its own beside a pod, `climb` is the ladder.
+
+use chsnap_protocol::agent::InfoResponse;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::{
+    config::{Config, Overrides, Shape},
+    sandbox::{DirError, StartError},
+    share::VirtiofsdError,
+    snapshot::{BuildError, InputsError, Key, OpenError},
+    vmm::{SelectError, SnapshotError},
+};
+
+mod builder;
+mod climb;
+mod launch;
+
+pub use builder::build;
+pub use launch::{COMMAND, isolate, launch, serve};
+
+/// What is to be built.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Order {
+    /// Settings of the host.
+    pub config: Config,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// Memory.
+    pub memory_mib: u64,
+    /// Nobody waits for it: pods go first, and what did not work a moment ago is not tried again.
+    pub beside: bool,
+}
+
+impl Order {
+    /// The template of pods like this one, to be built beside it.
+    #[must_use]
+    pub fn of(config: &Config, overrides: &Overrides, shape: Shape) -> Self {
+        let config = Config { vmm: overrides.vmm(&config.vmm), ..config.clone() };
+        Self { config, vcpus: shape.vcpus, memory_mib: shape.memory_mib, beside: true }
+    }
+
+    fn shape(&self) -> Shape {
+        Shape { vcpus: self.vcpus, memory_mib: self.memory_mib }
+    }
+}
+
+/// What came of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Built {
+    /// This is there now.
+    New(Key),
+    /// This was there already.
+    There(Key),
+}
+
+/// No template was built.
+#[derive(Debug, Error)]
+pub enum TemplateError {
+    /// Enough of them are being built.
+    #[error("{0} of them are being built on this host already, and [snapshot] builders allows no more")]
+    Busy(u32),
+    /// A place for its sockets.
+    #[error(transparent)]
+    Dir(#[from] DirError),
+    /// No VMM can run here.
+    #[error("no VMM can be used; `chsnap doctor` tells more")]
+    Select(#[from] SelectError),
+    /// virtiofsd cannot be run.
+    #[error("no root file system can be served")]
+    Virtiofsd(#[from] VirtiofsdError),
+    /// What it has to match.
+    #[error(transparent)]
+    Inputs(#[from] InputsError),
+    /// The store.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// A place in it.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// Its guest.
+    #[error("the template's guest does not start")]
+    Start(#[source] StartError),
+    /// A file was replaced.
+    #[error("the kernel, the initramfs, or a program was replaced while the template was built: build it again")]
+    Changed,
+    /// It did not work lately.
+    #[error("it failed a short while ago: {0}")]
+    Lately(String),
+    /// No rung works.
+    #[error("snapshots work on no rung of the ladder here: {0}")]
+    NoRung(String),
+}
+
+/// Why a rung does not work.
+#[derive(Debug, Error)]
+pub enum RungError {
+    /// A masked guest.
+    #[error("the template's guest does not start")]
+    Start(#[source] StartError),
+    /// The VMM.
+    #[error("the template cannot be saved")]
+    Save(#[source] SnapshotError),
+    /// What was saved is worth nothing.
+    #[error("the trial restore failed")]
+    Trial(#[source] StartError),
+}
+
+/// What the guest says of itself, for the record.
+fn told(info: &InfoResponse) -> String {
+    let release: String = info.kernel_release.chars().filter(|c| !c.is_control()).take(64).collect();
+    format!("guest kernel {release}")
+}
