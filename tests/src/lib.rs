@@ -15,6 +15,7 @@ mod tools;
 
 pub mod http;
 pub mod table;
+pub mod ways;
 
 pub use containerd::{Containerd, Version, stop_all, sweep};
 pub use ctr::Ctr;

@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use containerd_shim_protos::shim_sync::{Client, TaskClient};
 
-use crate::{Containerd, Ctr, Output, Process, Run, Settings, Tools, leak, patience, proc};
+use crate::{Containerd, Ctr, Output, Process, Run, Settings, Tools, leak, patience, proc, ways};
 
 /// The demo image.
 pub const IMAGE: &str = "localhost/chsnap/python-demo:latest";
@@ -90,6 +90,11 @@ impl Env {
             .set("vmm", "accelerator", format!("\"{accelerator}\""))
             .set("deadlines", "boot", (60 * patience()).to_string())
             .set("deadlines", "agent_call", (10 * patience()).to_string())
+            .set("deadlines", "restore", (10 * patience()).to_string())
+            // Whoever wants templates built beside its pods says so; the others are not to wait for the CPU.
+            .set("snapshot", "mode", if ways::base_wanted() { "\"auto\"" } else { "\"off\"" })
+            .set("snapshot", "builders", "0")
+            .path("snapshot", "dir", self.daemon.root.join("snapshots"))
             .path("vmm", "qemu", &tools.qemu)
             .path("guest", "kernel", &tools.kernel)
             .path("guest", "initramfs", &tools.initramfs)
@@ -116,7 +121,12 @@ impl Env {
 
     /// `chsnap` with this case's configuration.
     pub fn chsnap<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<Run> {
-        let config = self.settings().write(&self.dir)?;
+        self.chsnap_with(&self.settings(), args)
+    }
+
+    /// `chsnap` with another configuration.
+    pub fn chsnap_with<S: AsRef<OsStr>>(&self, settings: &Settings, args: impl IntoIterator<Item = S>) -> Result<Run> {
+        let config = settings.write(&self.dir)?;
         Ok(Run::new(Tools::get().bin.join("chsnap")).args(args).arg("--config").arg(config))
     }
 
@@ -217,9 +227,28 @@ impl<'a> Container<'a> {
         self
     }
 
+    /// Whether the base snapshot of ordinary pods fits this one.
+    fn is_ordinary(&self) -> bool {
+        const OTHERS: [&str; 7] = [
+            "--memory-limit",
+            "--cpus",
+            "--runtime-config-path",
+            "io.chsnap.memory",
+            "io.chsnap.vcpus",
+            "io.chsnap.vmm",
+            "io.chsnap.snapshot",
+        ];
+        let flags = self.flags.iter().map(|flag| flag.to_string_lossy());
+        self.settings.text() == self.env.settings().text()
+            && flags.filter(|flag| OTHERS.iter().any(|other| flag.starts_with(other))).count() == 0
+    }
+
     /// `verb` (`run`, `container create`) with everything that describes the container.
     pub fn ctr(&self, verb: &[&str], flags: &[&str], wrapper: Option<&[&str]>) -> Result<Run> {
         IDS.lock().unwrap_or_else(PoisonError::into_inner).insert(self.id.clone());
+        if ways::base_wanted() && self.is_ordinary() {
+            ways::expect(&self.id);
+        }
         let mut run = self.env.ctr().under(wrapper).args(verb).args(flags);
         run = match self.env.vmm {
             Vmm::Runc => run.args(["--runtime", "io.containerd.runc.v2"]),

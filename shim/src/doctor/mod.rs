@@ -1,12 +1,17 @@
 //! `chsnap doctor`: what a container needs on this host, what of it is there, and how to mend the rest.
 
-use std::path::Path;
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use serde::Serialize;
+use thiserror::Error;
 
 use crate::{
-    config::{Config, DEFAULT_PATH},
+    config::{Config, ConfigError, DEFAULT_PATH},
     program::{Freshness, Scout},
+    snapshot::{Ladder, Outcome},
     task::chain,
     vmm::{self, Taken},
 };
@@ -15,6 +20,7 @@ mod guest;
 mod host;
 mod machine;
 mod programs;
+mod snapshots;
 
 /// What was looked at.
 #[derive(Debug, Clone, Serialize)]
@@ -48,6 +54,8 @@ pub struct Report {
     pub ok: bool,
     /// What would run it.
     pub driver: Option<Taken>,
+    /// On which rung snapshots work, and why on no fuller one; none where that was not tried yet.
+    pub ladder: Option<Outcome>,
     /// One by one.
     pub checks: Vec<Check>,
 }
@@ -79,7 +87,36 @@ pub async fn examine(explicit: Option<&Path>) -> Report {
     checks.push(programs::shim());
     checks.push(programs::containerd().await);
     checks.extend([host::overlay(), host::tun(), host::state(&config.state.dir)]);
-    Report { ok: checks.iter().all(|check| check.status != Status::Missing), driver: survey.taken, checks }
+    let (snapshots, ladder) = snapshots::check(&config, &mut scout).await;
+    checks.push(snapshots);
+    Report { ok: checks.iter().all(|check| check.status != Status::Missing), driver: survey.taken, ladder, checks }
+}
+
+/// Forgets on which rung snapshots work, so that the next template is tried on each.
+///
+/// # Errors
+/// Where the configuration cannot be used, or what is known not be removed.
+pub fn retry(explicit: Option<&Path>) -> Result<(), RetryError> {
+    let config = Config::load(explicit)?;
+    let dir = config.state.dir;
+    Ladder::forget(&dir).map_err(|source| RetryError::Forget { dir, source })
+}
+
+/// Nothing was forgotten.
+#[derive(Debug, Error)]
+pub enum RetryError {
+    /// Where it is kept.
+    #[error("the configuration cannot be used")]
+    Config(#[from] ConfigError),
+    /// The file.
+    #[error("cannot remove the ladder's outcome from {dir:?}")]
+    Forget {
+        /// Where.
+        dir: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// The rest is looked at under the defaults where the file cannot be used.

@@ -2,6 +2,7 @@
 //! there are CPUs (`--test-threads`), each on containerds of its own.
 //!
 //! `cargo test -p chsnap-tests -- [filter]`; a case's name is `<vmm>/<containerd>/<topic>::<case>`.
+//! `CHSNAP_TEST_WAY=base` runs them on pods that are restored from a base snapshot instead of booted.
 //! `CHSNAP_TEST_REFERENCE=1` runs the cases that hold for runc too on runc, to check the cases themselves.
 
 use std::{
@@ -10,7 +11,7 @@ use std::{
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
-use chsnap_tests::{Baseline, Containerd, Env, Tools, Version, Vmm, patience, stop_all, sweep};
+use chsnap_tests::{Baseline, Containerd, Env, Tools, Version, Vmm, patience, stop_all, sweep, ways};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 mod cases;
@@ -29,6 +30,7 @@ mod rung;
 mod share;
 mod signals;
 mod sizes;
+mod snapshot;
 mod stdio;
 
 use cases::{Case, Scope};
@@ -134,6 +136,7 @@ fn all() -> impl Iterator<Item = (&'static str, Case)> {
         ("image", image::CASES.to_vec()),
         ("sizes", sizes::CASES.to_vec()),
         ("rung", rung::CASES.to_vec()),
+        ("snapshot", snapshot::CASES.to_vec()),
     ];
     topics.into_iter().flat_map(|(topic, cases)| cases.into_iter().map(move |case| (topic, case)))
 }
@@ -141,7 +144,8 @@ fn all() -> impl Iterator<Item = (&'static str, Case)> {
 fn run(vmm: Vmm, version: Version, case: Case) -> Result<(), Failed> {
     let daemon = Containerd::of(version, LANE.with(|lane| *lane)).map_err(|e| format!("{e:#}"))?;
     let env = Env::new(daemon.clone(), vmm).map_err(|e| format!("{e:#}"))?;
-    let baseline = Baseline::take(&daemon);
+    ways::build_base(&env).map_err(|e| format!("{e:#}"))?;
+    let (baseline, mark) = (Baseline::take(&daemon), ways::mark(&env));
     let result = catch_unwind(AssertUnwindSafe(|| case.run(&env)));
     let left = baseline.leftovers(&daemon);
     if !left.is_empty() {
@@ -156,6 +160,11 @@ fn run(vmm: Vmm, version: Version, case: Case) -> Result<(), Failed> {
             let text = text.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
             complaints.push(format!("panicked: {}", text.unwrap_or_default()));
         }
+    }
+    if ways::base_wanted()
+        && let Err(e) = ways::check(&env, mark)
+    {
+        complaints.push(format!("{e:#}"));
     }
     if !left.is_empty() {
         complaints.push(format!("left behind:\n  {}", left.join("\n  ")));

@@ -6,7 +6,7 @@ use std::{
     process::ExitCode,
 };
 
-use chsnap::doctor::{Check, Report, Status, examine};
+use chsnap::doctor::{Check, Report, Status, examine, retry};
 
 use crate::{Outcome, print_json};
 
@@ -18,9 +18,15 @@ pub struct Args {
     /// Configuration file [default: /etc/chsnap/config.toml if it exists]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Forget on which rung of the ladder snapshots work, so that the next template is tried on each
+    #[arg(long)]
+    retry: bool,
 }
 
 pub fn run(args: &Args) -> Outcome {
+    if args.retry {
+        retry(args.config.as_deref())?;
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let report = runtime.block_on(examine(args.config.as_deref()));
     if args.json {

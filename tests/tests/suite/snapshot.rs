@@ -1,0 +1,435 @@
+//! Pods that are restored from a base snapshot, and how such a snapshot comes into being.
+
+use std::{
+    fs,
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use chsnap_tests::{Container, Env, Output, Run, Settings, Started, Tools, Vmm, eventually, kill};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+crate::cases! {
+    Vms: restored;
+    Once: clones, built_beside, off_and_required, not_restored, spoilt, ladder_restore, ladder_save, builder_killed,
+          one_at_a_time;
+}
+
+/// A template boots, is saved, restored, and its digests are taken.
+const BUILD: Duration = Duration::from_secs(180);
+
+/// Snapshots of the case's own, and pods that use them.
+fn own(env: &Env) -> Settings {
+    env.settings().set("snapshot", "mode", "\"auto\"").path("snapshot", "dir", env.dir.join("snapshots"))
+}
+
+fn build(env: &Env, settings: &Settings) -> Result<Run> {
+    Ok(env.chsnap_with(settings, ["snapshot", "build", "--base"])?.limit(BUILD))
+}
+
+fn list(env: &Env, settings: &Settings) -> Result<Vec<Value>> {
+    let text = env.chsnap_with(settings, ["snapshot", "ls", "--json"])?.text()?;
+    Ok(serde_json::from_str(&text)?)
+}
+
+fn container<'a>(env: &'a Env, settings: &Settings) -> Container<'a> {
+    let settings = settings.clone();
+    env.container().settings(|_| settings)
+}
+
+/// How a pod was started and why not in a better way, as `chsnap ps` tells it.
+fn way(env: &Env, started: &Started<'_>) -> Result<(String, String)> {
+    let pods: Vec<Value> = serde_json::from_str(&env.chsnap(["ps", "--json"])?.text()?)?;
+    let pod = pods.iter().find(|pod| pod["id"] == started.id.as_str()).context("chsnap ps does not show the pod")?;
+    let text = |key: &str| pod[key].as_str().unwrap_or_default().to_owned();
+    let (way, why_not) = (text("way"), text("why_not"));
+    let table = env.chsnap(["ps"])?.text()?;
+    ensure!(table.contains(&format!("{way} ({why_not})")), "{table}");
+    Ok((way, why_not))
+}
+
+fn is_base(env: &Env, started: &Started<'_>) -> Result<()> {
+    let (way, why_not) = way(env, started)?;
+    ensure!(way == "base", "{way}: {why_not}");
+    Ok(())
+}
+
+fn is_direct(env: &Env, started: &Started<'_>, because: &str) -> Result<()> {
+    let (way, why_not) = way(env, started)?;
+    ensure!(way == "direct" && why_not.contains(because), "{way}: {why_not}, and not because of {because:?}");
+    Ok(())
+}
+
+/// Everything works on one as on one that booted.
+fn restored(env: &Env) -> Result<()> {
+    let settings = own(env);
+    let key = build(env, &settings)?.text()?;
+    ensure!(build(env, &settings)?.text()? == format!("{key} was there already"));
+    let started = container(env, &settings).sh("echo up; exec sleep 1000").start()?;
+    started.wait_log("up")?;
+    is_base(env, &started)?;
+    let state: Value = serde_json::from_slice(&fs::read(started.pod_dir().join("state.json"))?)?;
+    let phases = state["phases_us"].as_array().context("no phases")?;
+    let names: Vec<&str> = phases.iter().filter_map(|phase| phase[0].as_str()).collect();
+    ensure!(["restore", "resume"].iter().all(|name| names.contains(name)) && !names.contains(&"kernel"), "{names:?}");
+    // Within 50 ms, for what it takes to be asked.
+    let before = now();
+    let guest: f64 = started.python("import time; print(time.time())")?.parse()?;
+    let after = now();
+    ensure!(before - 0.05 <= guest && guest <= after + 0.05, "the guest's clock: {before} <= {guest} <= {after}");
+    ensure!(started.sh("cat /dev/chsnap/epoch")?.len() == 36);
+    ensure!(started.exec(["sh", "-c", "exit 7"]).output()?.code == 7);
+    ensure!(started.exec(["cat"]).stdin("through\n").text()? == "through");
+    started.sh("echo kept > /file; cat /file")?;
+    started.remove()?;
+    let output = container(env, &settings).sh("read word; echo \"got $word\"; exit 5").run()?.stdin("it\n").output()?;
+    ensure!(output.code == 5 && output.text() == "got it\n", "{}", output.whole());
+    // With a size of its own, there is none.
+    let other = container(env, &settings).annotation("io.chsnap.memory", "320MiB").sh("sleep 1000").start()?;
+    is_direct(env, &other, "there is no base snapshot")?;
+    other.remove()
+}
+
+fn now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+}
+
+/// What two of the same snapshot may not share.
+const SELF: &str = "import os, uuid; print(open('/proc/sys/kernel/random/uuid').read().strip(), \
+    open('/proc/sys/kernel/random/boot_id').read().strip(), open('/dev/chsnap/epoch').read().strip(), \
+    os.urandom(16).hex(), uuid.uuid4(), flush=True)";
+
+fn clones(env: &Env) -> Result<()> {
+    let settings = own(env);
+    build(env, &settings)?.text()?;
+    let program = format!("{SELF}; import time; time.sleep(1000)");
+    // One after the other they would differ by what the guest has seen; at the same time they are sure to be alike.
+    let make = || container(env, &settings).python(&program);
+    let (one, other) = (make(), make());
+    let started = thread::scope(|scope| {
+        let threads = [one, other].map(|clone| scope.spawn(move || clone.start()));
+        threads.map(|thread| thread.join().map_err(|_| anyhow::anyhow!("panicked")))
+    });
+    let mut said = Vec::new();
+    let mut clones = Vec::new();
+    for clone in started {
+        let clone = clone??;
+        clone.wait_log("\n")?;
+        is_base(env, &clone)?;
+        said.push(clone.log().split_whitespace().map(str::to_owned).collect::<Vec<_>>());
+        clones.push(clone);
+    }
+    ensure!(said.iter().all(|words| words.len() == 5), "{said:?}");
+    let alike: Vec<_> = said[0].iter().zip(&said[1]).filter(|(one, other)| one == other).collect();
+    ensure!(alike.is_empty(), "both have {alike:?}: {said:?}");
+    // Each keeps what it is.
+    let boot_id = clones[0].sh("cat /proc/sys/kernel/random/boot_id")?;
+    ensure!(boot_id == said[0][1], "{boot_id} {said:?}");
+    clones.into_iter().try_for_each(Started::remove)
+}
+
+/// The builders of this containerd's shims.
+fn builders(env: &Env) -> Vec<i32> {
+    let all = env.processes("containerd-shim").into_iter();
+    all.filter(|process| process.args.ends_with("build-template")).map(|process| process.pid).collect()
+}
+
+/// Waits until nobody builds any more.
+fn finished(env: &Env) -> Result<()> {
+    eventually(BUILD, || builders(env).is_empty().then_some(())).context("the builder does not end")
+}
+
+fn built_beside(env: &Env) -> Result<()> {
+    let settings = own(env).set("snapshot", "builders", "1");
+    let first = container(env, &settings).sh("sleep 1000").start()?;
+    is_direct(env, &first, "there is no base snapshot yet")?;
+    let builder = eventually(Duration::from_secs(5), || builders(env).first().copied()).context("nobody builds")?;
+    let stat = fs::read_to_string(format!("/proc/{builder}/stat"))?;
+    let nice = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(16)).map(str::to_owned);
+    ensure!(nice.as_deref() == Some("10"), "{nice:?}");
+    // Its machine is where it cannot take much, and sees no network.
+    let vmm = eventually(Duration::from_secs(20), || {
+        env.processes(env.vmm_name()).into_iter().find(|process| process.args.contains(".builders"))
+    });
+    let vmm = vmm.context("the template's machine is not there")?;
+    let cgroups = fs::read_to_string(format!("/proc/{}/cgroup", vmm.pid))?;
+    ensure!(cgroups.contains("/chsnap-builders/"), "{cgroups}");
+    let net = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/net"));
+    ensure!(net(vmm.pid)? != net(std::process::id() as i32)?, "the template sees the host's network");
+    // It has mounts of its own: the pod's end with the pod. And it goes on without the shim that began it.
+    first.remove()?;
+    ensure!(!builders(env).is_empty(), "the builder ended with the pod");
+    finished(env)?;
+    let all = list(env, &settings)?;
+    ensure!(all.len() == 1 && all[0]["manifest"]["inputs"]["kind"] == "base", "{all:?}");
+    let second = container(env, &settings).sh("sleep 1000").start()?;
+    is_base(env, &second)?;
+    ensure!(builders(env).is_empty(), "another one is being built");
+    let doctor: Value = serde_json::from_str(&env.chsnap_with(&settings, ["doctor", "--json"])?.output()?.text())?;
+    ensure!(doctor["ladder"]["rung"] == "standard", "{}", doctor["ladder"]);
+    second.remove()?;
+    // A host with another kernel, VMM or initramfs has another key: the old one is not used.
+    let spare = env.dir.join("initramfs");
+    let mut text = fs::read(&Tools::get().initramfs)?;
+    text.extend([0; 512]);
+    fs::write(&spare, text)?;
+    let settings = settings.set("snapshot", "builders", "0").path("guest", "initramfs", &spare);
+    let third = container(env, &settings).sh("sleep 1000").start()?;
+    is_direct(env, &third, "[snapshot] builders = 0")?;
+    third.remove()
+}
+
+fn off_and_required(env: &Env) -> Result<()> {
+    let settings = own(env);
+    let require = |settings: &Settings| container(env, settings).annotation("io.chsnap.snapshot", "require");
+    let refused = require(&settings).command(["true"]).output()?;
+    let text = "io.chsnap.snapshot = \"require\", but no snapshot could be used: there is no base snapshot";
+    ensure!(refused.code != 0 && refused.stderr.contains(text), "{}", refused.whole());
+    build(env, &settings)?.text()?;
+    // Although the configuration has them off.
+    let off = settings.clone().set("snapshot", "mode", "\"off\"");
+    let started = require(&off).sh("sleep 1000").start()?;
+    is_base(env, &started)?;
+    started.remove()?;
+    let started = container(env, &off).sh("sleep 1000").start()?;
+    is_direct(env, &started, "[snapshot] mode = \"off\"")?;
+    started.remove()?;
+    let started = container(env, &settings).annotation("io.chsnap.snapshot", "off").sh("sleep 1000").start()?;
+    is_direct(env, &started, "io.chsnap.snapshot = \"off\"")?;
+    started.remove()
+}
+
+/// What an arm64 host whose KVM refuses a register makes Cloud Hypervisor say.
+const REFUSED: &str = "Could not set the vCPU state SetSysRegister(Invalid argument (os error 22))";
+
+fn program(path: &Path, text: &str) -> Result<PathBuf> {
+    let mut options = fs::File::options();
+    let mut file = options.write(true).create(true).truncate(true).mode(0o755).open(path)?;
+    std::io::Write::write_all(&mut file, text.as_bytes())?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
+    Ok(path.to_owned())
+}
+
+/// The VMM behind a script that does `instead` where a machine is restored, and the shell's condition `when` holds.
+fn wrapper(env: &Env, name: &str, when: &str, instead: &str) -> Result<PathBuf> {
+    let real = Tools::get().qemu.display().to_string();
+    let script = format!(
+        "#!/bin/sh\ncase \" $* \" in *\" -incoming \"*) if {when}; then {instead}; fi ;; esac\nexec {real} \"$@\"\n"
+    );
+    program(&env.dir.join(name), &script)
+}
+
+fn only_qemu(env: &Env) -> bool {
+    // Cloud Hypervisor is told what to do over its API, which these scripts do not speak.
+    env.vmm == Vmm::Qemu
+}
+
+/// A restore that fails, or takes too long, is followed by a boot in the same request.
+fn not_restored(env: &Env) -> Result<()> {
+    if !only_qemu(env) {
+        return Ok(());
+    }
+    let (broken, slow) = (env.dir.join("broken"), env.dir.join("slow"));
+    let shown = |path: &Path| path.display().to_string();
+    let instead = format!("if [ -e {} ]; then exec sleep 1000; fi; echo '{REFUSED}' >&2; exit 1", shown(&slow));
+    let qemu = wrapper(env, "qemu", &format!("[ -e {} ]", shown(&broken)), &instead)?;
+    let settings = own(env).path("vmm", "qemu", qemu).set("deadlines", "restore", "2");
+    build(env, &settings)?.text()?;
+    let works = container(env, &settings).sh("sleep 1000").start()?;
+    is_base(env, &works)?;
+    works.remove()?;
+    fs::write(&broken, "")?;
+    let fails = container(env, &settings).sh("sleep 1000").start()?;
+    is_direct(env, &fails, "os error 22")?;
+    ensure!(env.daemon.log_tail(200).contains("os error 22"), "not in the log");
+    ensure!(fails.sh("echo works")? == "works");
+    fails.remove()?;
+    fs::write(&slow, "")?;
+    let late = container(env, &settings).sh("sleep 1000").start()?;
+    is_direct(env, &late, "within 2 s")?;
+    late.remove()?;
+    let required = container(env, &settings).annotation("io.chsnap.snapshot", "require").command(["true"]).output()?;
+    ensure!(required.code != 0 && required.stderr.contains("within 2 s"), "{}", required.whole());
+    Ok(())
+}
+
+fn spoilt(env: &Env) -> Result<()> {
+    let settings = own(env);
+    let key = build(env, &settings)?.text()?;
+    let machine = fs::read_dir(env.dir.join("snapshots").join(&key))?.flatten().map(|entry| entry.path());
+    let machine = machine.max_by_key(|path| fs::metadata(path).map_or(0, |meta| meta.len())).context("no files")?;
+    let file = fs::OpenOptions::new().write(true).open(&machine)?;
+    std::os::unix::fs::FileExt::write_all_at(&file, b"spoilt", 1 << 20)?;
+    let started = container(env, &settings).sh("sleep 1000").start()?;
+    is_direct(env, &started, "has changed")?;
+    started.remove()?;
+    env.chsnap_with(&settings, ["snapshot", "rm", &key])?.text()?;
+    Ok(())
+}
+
+fn ladder_restore(env: &Env) -> Result<()> {
+    if !only_qemu(env) {
+        return Ok(());
+    }
+    let until = |name: &str, word: &str| {
+        wrapper(env, name, &format!("! echo \"$*\" | grep -q {word}"), &format!("echo '{REFUSED}' >&2; exit 1"))
+    };
+    climbs(env, [until("one", "pmu=off")?, until("two", "sve=off")?, until("all", "nothing-has-this")?], REFUSED)
+}
+
+/// Stands between chsnap and QEMU, and answers the order to save the machine itself.
+const SAVES_NOT: &str = r#"#!/usr/bin/env python3
+import ctypes, json, os, socket, subprocess, sys, threading
+
+real, unless, args = "@REAL@", "@UNLESS@", sys.argv[1:]
+at = [i for i, arg in enumerate(args) if arg.startswith("socket,id=qmp,fd=")]
+if not at or any(unless in arg for arg in args):
+    os.execv(real, [real, *args])
+outer = socket.socket(fileno=int(args[at[0]].rsplit("=", 1)[1]))
+outer.set_inheritable(False)
+inner, theirs = socket.socketpair()
+theirs.set_inheritable(True)
+args[at[0]] = f"socket,id=qmp,fd={theirs.fileno()}"
+die_with_parent = lambda: ctypes.CDLL(None).prctl(1, 9)
+qemu = subprocess.Popen([real, *args], close_fds=False, preexec_fn=die_with_parent)
+theirs.close()
+
+
+def orders():
+    for line in outer.makefile("rb"):
+        order = json.loads(line)
+        if order["execute"] == "migrate":
+            error = {"class": "GenericError", "desc": "GetAarchCoreRegister(Invalid argument (os error 22))"}
+            outer.sendall(json.dumps({"id": order["id"], "error": error}).encode() + b"\n")
+        else:
+            inner.sendall(line)
+
+
+def answers():
+    while data := inner.recv(65536):
+        outer.sendall(data)
+    outer.shutdown(socket.SHUT_RDWR)
+
+
+for task in orders, answers:
+    threading.Thread(target=task, daemon=True).start()
+sys.exit(qemu.wait())
+"#;
+
+fn ladder_save(env: &Env) -> Result<()> {
+    if !only_qemu(env) {
+        return Ok(());
+    }
+    let real = Tools::get().qemu.display().to_string();
+    let unless = |name: &str, word: &str| {
+        program(&env.dir.join(name), &SAVES_NOT.replace("@REAL@", &real).replace("@UNLESS@", word))
+    };
+    let refused = "GetAarchCoreRegister(Invalid argument (os error 22))";
+    climbs(env, [unless("one", "pmu=off")?, unless("two", "sve=off")?, unless("all", "nothing-has-this")?], refused)
+}
+
+/// With VMMs that work from the second rung, from the third, and on none.
+fn climbs(env: &Env, vmms: [PathBuf; 3], refused: &str) -> Result<()> {
+    for (vmm, rung) in vmms.iter().zip([Some("no-pmu"), Some("aggressive"), None]) {
+        let dir = env.dir.join(vmm.file_name().unwrap_or_default()).with_extension("snapshots");
+        let settings = own(env).path("vmm", "qemu", vmm).path("snapshot", "dir", dir);
+        // x86_64 has but one rung, as it has neither feature.
+        let rung = rung.filter(|_| cfg!(target_arch = "aarch64"));
+        let output = build(env, &settings)?.output()?;
+        ensure!((output.code == 0) == rung.is_some(), "{}", output.whole());
+        ensure!(output.stderr.contains(&format!("standard: {}", "the t")), "{}", output.whole());
+        ensure!(output.stderr.contains(refused), "{}", output.whole());
+        told(env, &settings, rung, refused)?;
+        let started = container(env, &settings).sh("sleep 1000").start()?;
+        match rung {
+            Some(_) => is_base(env, &started)?,
+            None => is_direct(env, &started, refused)?,
+        }
+        started.remove()?;
+        if rung.is_none() {
+            hopeless(env, &settings, refused)?;
+        }
+    }
+    Ok(())
+}
+
+/// The doctor and the snapshot know the rung, and why it is not a fuller one.
+fn told(env: &Env, settings: &Settings, rung: Option<&str>, refused: &str) -> Result<()> {
+    let doctor = env.chsnap_with(settings, ["doctor", "--json"])?.output()?;
+    let doctor: Value = serde_json::from_str(&doctor.text())?;
+    let ladder = &doctor["ladder"];
+    ensure!(ladder["rung"].as_str() == rung, "{ladder}");
+    let first = &ladder["refusals"][0];
+    ensure!(first["rung"] == "standard" && first["why"].as_str().is_some_and(|why| why.contains(refused)), "{ladder}");
+    let text = env.chsnap_with(settings, ["doctor"])?.output()?.text();
+    ensure!(text.contains(refused), "{text}");
+    if cfg!(not(target_arch = "aarch64")) {
+        ensure!(ladder["refusals"][2]["why"].as_str().is_some_and(|why| why.starts_with("passed over: ")), "{ladder}");
+    }
+    let all = list(env, settings)?;
+    ensure!(all.len() == usize::from(rung.is_some()), "{all:?}");
+    if let Some(rung) = rung {
+        ensure!(all[0]["manifest"]["inputs"]["rung"] == rung, "{all:?}");
+        ensure!(all[0]["manifest"]["refusals"][0]["rung"] == "standard", "{all:?}");
+    }
+    Ok(())
+}
+
+/// Where no rung works, nothing is built again, until somebody asks for that.
+fn hopeless(env: &Env, settings: &Settings, refused: &str) -> Result<()> {
+    let settings = settings.clone().set("snapshot", "builders", "1");
+    let started = container(env, &settings).sh("sleep 1000").start()?;
+    is_direct(env, &started, refused)?;
+    ensure!(builders(env).is_empty(), "it is tried again");
+    started.remove()?;
+    let doctor: Value = serde_json::from_str(&env.chsnap_with(&settings, ["doctor", "--json", "--retry"])?.output()?.text())?;
+    ensure!(doctor["ladder"].is_null(), "{}", doctor["ladder"]);
+    let started = container(env, &settings).sh("sleep 1000").start()?;
+    is_direct(env, &started, "there is no base snapshot yet")?;
+    eventually(Duration::from_secs(5), || builders(env).first().copied()).context("it is not tried again")?;
+    started.remove()?;
+    finished(env)
+}
+
+/// A builder that is killed leaves no process and no snapshot, and the next one its remains.
+fn builder_killed(env: &Env) -> Result<()> {
+    let settings = own(env).set("snapshot", "builders", "1");
+    let pod = container(env, &settings).sh("sleep 1000").start()?;
+    let machine = || env.processes(env.vmm_name()).into_iter().find(|process| process.args.contains(".builders"));
+    eventually(Duration::from_secs(20), machine).context("the template's machine is not there")?;
+    let builder = *builders(env).first().context("nobody builds")?;
+    kill(builder, Signal::SIGKILL)?;
+    let gone = eventually(Duration::from_secs(5), || (builders(env).is_empty() && machine().is_none()).then_some(()));
+    ensure!(gone.is_some(), "the machine outlives its builder");
+    let virtiofsd = env.processes("virtiofsd").into_iter().find(|process| process.args.contains(".builders"));
+    ensure!(virtiofsd.is_none(), "{virtiofsd:?}");
+    ensure!(list(env, &settings)?.is_empty());
+    ensure!(fs::read_dir(env.dir.join("snapshots"))?.count() == 1, "what it had begun is not there any more");
+    pod.remove()?;
+    build(env, &settings)?.text()?;
+    ensure!(list(env, &settings)?.len() == 1);
+    ensure!(fs::read_dir(env.dir.join("snapshots"))?.count() == 1, "its remains are still there");
+    Ok(())
+}
+
+/// Of pods that start together, one has the template built.
+fn one_at_a_time(env: &Env) -> Result<()> {
+    let settings = own(env).set("snapshot", "builders", "2");
+    let one = container(env, &settings).sh("sleep 1000").start()?;
+    eventually(Duration::from_secs(5), || builders(env).first().copied()).context("nobody builds")?;
+    let by_hand: Output = build(env, &settings)?.output()?;
+    if by_hand.code == 0 {
+        bail!("built twice: {}", by_hand.whole());
+    }
+    ensure!(by_hand.stderr.contains("is being built by another process"), "{}", by_hand.whole());
+    let other = container(env, &settings).sh("sleep 1000").start()?;
+    let _ = way(env, &other)?;
+    finished(env)?;
+    ensure!(list(env, &settings)?.len() == 1);
+    one.remove()?;
+    other.remove()
+}
