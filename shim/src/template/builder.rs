@@ -234,10 +234,12 @@ impl Workshop<'_> {
         let spec = machine::spec(config, self.order.shape(), dir.path(), cgroup.dirs());
         let restored = machine::templates_spec(spec, rung);
         let template = VmSpec { snapshot_dir: Some(into.to_owned()), ..restored.clone() };
-        let running = self.start(driver, virtiofsd, &template, Origin::Boot).await.map_err(|error| {
+        let running = match self.start(driver, virtiofsd, &template, Origin::Boot).await {
+            Ok(running) => running,
             // On the rung on which pods boot, that says nothing about rungs.
-            if rung == config.vmm.rung.here() { TemplateError::Start(error).into() } else { RungError::Start(error).into() }
-        })?;
+            Err(error) if rung == config.vmm.rung.here() => return Err(TemplateError::Start(error).into()),
+            Err(error) => return Err(RungError::Start(error).into()),
+        };
         tell(&format!("{rung}: saving it, {}", told(&running.info)));
         let saved = running.vm.snapshot(into).await;
         running.end().await;

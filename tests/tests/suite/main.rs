@@ -121,7 +121,7 @@ fn trials() -> Vec<Trial> {
 }
 
 fn all() -> impl Iterator<Item = (&'static str, Case)> {
-    let topics: [(&str, Vec<Case>); 14] = [
+    let topics: [(&str, Vec<Case>); 15] = [
         ("lifecycle", lifecycle::CASES.to_vec()),
         ("stdio", stdio::CASES.to_vec()),
         ("exec", exec::CASES.to_vec()),
