@@ -1,6 +1,9 @@
 //! Letting go of snapshots: when somebody asks, and when there are too many.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use nix::fcntl::FlockArg;
 
@@ -8,6 +11,9 @@ use super::{
     EvictError, Key, ListError, Store,
     store::{NEW, OLD, is_still, lock},
 };
+
+/// Of one key, snapshots on their way out at once.
+const MOST: u32 = 16;
 
 /// A snapshot that was removed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,7 +30,7 @@ impl Store {
     /// # Errors
     /// See [`EvictError`].
     pub fn remove(&self, key: &Key) -> Result<(), EvictError> {
-        let (dir, old) = (self.root.join(key.as_str()), self.root.join(format!("{OLD}{key}")));
+        let dir = self.root.join(key.as_str());
         let failed = |path: &Path, source| EvictError::Io { path: path.into(), source };
         let locked = match lock(&dir, FlockArg::LockExclusiveNonblock) {
             Ok(Some(locked)) if is_still(&dir, &locked) => locked,
@@ -35,12 +41,27 @@ impl Store {
             }
             Err(error) => return Err(failed(&dir, error)),
         };
-        // Of one that was killed over the same.
-        self.sweep_one(&old).map_err(|error| failed(&old, error))?;
-        fs::rename(&dir, &old).map_err(|error| failed(&dir, error))?;
+        let old = self.set_aside(&dir, key).map_err(|error| failed(&dir, error))?;
         fs::remove_dir_all(&old).map_err(|error| failed(&old, error))?;
         drop(locked);
         Ok(())
+    }
+
+    /// Renames it to where nobody looks for it. One of the same key may be on its way out there, if it was built again
+    /// meanwhile.
+    fn set_aside(&self, dir: &Path, key: &Key) -> io::Result<PathBuf> {
+        let mut taken = io::Error::from(io::ErrorKind::AlreadyExists);
+        for number in 0..MOST {
+            let old = self.root.join(format!("{OLD}{key}-{number}"));
+            // Of one that was killed over the same.
+            self.sweep_one(&old)?;
+            match fs::rename(dir, &old) {
+                Ok(()) => return Ok(old),
+                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => taken = error,
+                Err(error) => return Err(error),
+            }
+        }
+        Err(taken)
     }
 
     /// Removes those that were not used for longest until the rest has at most `budget` bytes, and what killed

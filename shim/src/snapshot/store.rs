@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | `<key>` | a snapshot | shared by those who use it |
 //! | `.new-<key>` | one that is being built | its builder's |
-//! | `.old-<key>` | one that is being removed | its remover's |
+//! | `.old-<key>-<n>` | one that is being removed | its remover's |
 //!
 //! The locks are the kernel's (`flock`): they end with their process however that ends. So what begins with a point
 //! and is not locked was left by a process that was killed, and whoever comes next removes it. A snapshot appears by

@@ -96,7 +96,7 @@ fn what_killed_processes_left_is_never_found_and_removed_by_the_next() {
     for name in ["manifest.json", "memory", "state"] {
         fs::copy(store.root.join(key.as_str()).join(name), whole.join(name)).unwrap();
     }
-    fs::create_dir(store.root.join(format!(".old-{key}"))).unwrap();
+    fs::create_dir(store.root.join(format!(".old-{key}-0"))).unwrap();
     for vcpus in [2, 3] {
         assert!(store.find(&of(vcpus).key()).unwrap().is_none());
     }
@@ -107,7 +107,9 @@ fn what_killed_processes_left_is_never_found_and_removed_by_the_next() {
     assert!(store.prune(PLENTY).unwrap().is_empty());
     assert_eq!(names(&store), BTreeSet::from([key.to_string(), format!(".new-{}", of(2).key())]));
     drop(building);
-    fs::create_dir(store.root.join(format!(".old-{key}"))).unwrap();
+    let half_gone = store.root.join(format!(".old-{key}-0"));
+    fs::create_dir(&half_gone).unwrap();
+    fs::write(half_gone.join("memory"), "half").unwrap();
     store.remove(&key).unwrap();
     assert!(names(&store).is_empty());
 }
