@@ -61,6 +61,8 @@ pub(super) enum NoBase {
     Unusable(#[from] FindError),
     #[error("there is no base snapshot yet")]
     Missing,
+    #[error("there is no base snapshot of such a guest; `chsnap snapshot build --base` builds one")]
+    Wanted,
     #[error("there is no base snapshot, and [snapshot] builders = 0 has none built")]
     NoBuilders,
     #[error("base snapshots work on no rung here, `chsnap doctor` tells more: {0}")]
@@ -90,7 +92,7 @@ pub(super) async fn find(
     match base(request, wanted, &*driver, virtiofsd, scout).await {
         Ok(base) => ways.candidates.push(Candidate::Base(base)),
         Err(why) => {
-            ways.wanting = matches!(why, NoBase::Missing) && wanted == SnapshotUse::Auto;
+            ways.wanting = matches!(why, NoBase::Missing);
             ways.why_not.push(chain(&why));
         }
     }
@@ -135,6 +137,8 @@ async fn base(
     }
     Err(match failed {
         Some(why) => NoBase::Failed(why),
+        // Nothing is built for a pod that does not start.
+        None if wanted == SnapshotUse::Require => NoBase::Wanted,
         None if config.snapshot.builders == 0 => NoBase::NoBuilders,
         None => NoBase::Missing,
     })
