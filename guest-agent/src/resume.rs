@@ -101,8 +101,11 @@ fn is_uuid(text: &str) -> bool {
 fn write_epoch(dir: &Path, epoch: &str) -> Result<(), ResumeError> {
     let path = dir.join(EPOCH_FILE);
     let new = dir.join(format!(".{EPOCH_FILE}"));
-    let write =
-        || fs::create_dir_all(dir).and_then(|()| fs::write(&new, format!("{epoch}\n"))).and_then(|()| fs::rename(&new, &path));
+    let write = || {
+        fs::create_dir_all(dir)
+            .and_then(|()| fs::write(&new, format!("{epoch}\n")))
+            .and_then(|()| fs::rename(&new, &path))
+    };
     write().map_err(|source| ResumeError::Epoch { path: path.clone(), source })
 }
 

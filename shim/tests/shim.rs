@@ -36,3 +36,12 @@ fn a_server_that_does_not_start_says_why_through_start() {
     assert!(said.contains("TTRPC_ADDRESS is not set"), "{said}");
     assert!(said.contains("the shim's server did not start"), "{said}");
 }
+
+#[test]
+fn a_builder_that_a_person_starts_points_to_the_command_for_people() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = shim(dir.path(), &["build-template"]);
+    assert!(!output.status.success(), "{output:?}");
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(said.contains("`chsnap snapshot build`"), "{said}");
+}

@@ -55,9 +55,8 @@ pub fn check(env: &Env, mark: usize) -> Result<()> {
     eventually(Duration::from_millis(300), || {
         let log = fs::read(env.daemon.log()).unwrap_or_default();
         let log = String::from_utf8_lossy(log.get(mark..).unwrap_or_default()).into_owned();
-        let started = log.lines().filter(|line| {
-            expected.iter().any(|id| line.contains(&format!("VM of {id} started in ")))
-        });
+        let started =
+            log.lines().filter(|line| expected.iter().any(|id| line.contains(&format!("VM of {id} started in "))));
         others = started.filter(|line| !line.contains(", way base ")).map(str::to_owned).collect();
         (!others.is_empty()).then_some(())
     });

@@ -4,7 +4,8 @@
 use std::collections::HashMap;
 
 use super::{
-    AnnotationError, Expose, MIN_MEMORY, Ready, Shape, Size, SnapshotConfig, SnapshotMode, VmmChoice, VmmConfig, error::hint,
+    AnnotationError, Expose, MIN_MEMORY, Ready, Shape, Size, SnapshotConfig, SnapshotMode, VmmChoice, VmmConfig,
+    error::hint,
 };
 use crate::vmm::VmmKind;
 

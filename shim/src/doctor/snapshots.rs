@@ -45,7 +45,8 @@ fn judge(config: &Config, outcome: Option<&Outcome>) -> Check {
     let Some(outcome) = outcome else {
         return Check::ok(NAME, "not tried yet: the first pod has a template built, or `chsnap snapshot build --base`");
     };
-    let refusals: Vec<_> = outcome.refusals.iter().map(|refusal| format!("{}: {}", refusal.rung, refusal.why)).collect();
+    let refusals: Vec<_> =
+        outcome.refusals.iter().map(|refusal| format!("{}: {}", refusal.rung, refusal.why)).collect();
     match (outcome.rung, refusals.is_empty()) {
         (Some(rung), true) => Check::ok(NAME, format!("restored on rung {rung}, tried {}", outcome.found_at)),
         (Some(rung), false) => {

@@ -157,13 +157,14 @@ impl Sandbox {
         };
         let cgroup = cgroup.inspect_err(|_| dir.remove())?;
         let mut ground = Ground { dir, share: None, cgroup };
-        let Built { vm, virtiofsd, driver, started, met } = match start::build(request, first, &mut ground, phases).await {
-            Ok(built) => built,
-            Err(e) => {
-                ground.take_down();
-                return Err(e);
-            }
-        };
+        let Built { vm, virtiofsd, driver, started, met } =
+            match start::build(request, first, &mut ground, phases).await {
+                Ok(built) => built,
+                Err(e) => {
+                    ground.take_down();
+                    return Err(e);
+                }
+            };
         let vm: Arc<dyn Vm> = Arc::from(vm);
         let (guard, gone) = watch_over(virtiofsd, Arc::clone(&vm));
         let exposed = Arc::new(Mutex::new(Some(met.exposed)));

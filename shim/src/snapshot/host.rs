@@ -91,12 +91,8 @@ impl Machine<'_> {
         let path = driver.program();
         let version = scout.version(path, version_in).await;
         let version = version.map_err(|said| InputsError::Version { program: path.into(), said })?;
-        let vmm = VmmBuild {
-            kind: driver.kind(),
-            accelerator: driver.accelerator(),
-            version,
-            program: digest(path, scout)?,
-        };
+        let vmm =
+            VmmBuild { kind: driver.kind(), accelerator: driver.accelerator(), version, program: digest(path, scout)? };
         Ok(Footing { host_kernel: host_kernel()?, cpu: cpu()?, vmm, from: self.config.vmm.rung.here() })
     }
 }

@@ -19,8 +19,8 @@ use crate::{
     config::{Annotations, Config, Shape},
     sandbox::{NewContainer, Phases, Plan, Request, Sandbox, StartError, dir_of},
     share::RootMount,
-    template::{self, Order},
     state::{self, Exposed, State},
+    template::{self, Order},
 };
 
 /// Where the bundle keeps the name of the pod's directory.

@@ -122,9 +122,8 @@ impl Workshop<'_> {
             return Err(TemplateError::NoRung(why));
         }
         let rungs = footing.from.and_barer();
-        let attempt = async |rung, refusals: &[Refusal]| {
-            self.attempt(rung, refusals, &virtiofsd, &mut scout, tell).await
-        };
+        let attempt =
+            async |rung, refusals: &[Refusal]| self.attempt(rung, refusals, &virtiofsd, &mut scout, tell).await;
         let Climbed { on, refusals } = climb(rungs, Rung::moot, known.as_ref(), attempt).await?;
         let Some((rung, built)) = on else {
             ladder.learn(footing, None, refusals);

@@ -77,7 +77,11 @@ mod tests {
             known,
             async |rung, _: &[Refusal]| {
                 tried.push(rung);
-                if Some(rung) >= working && working.is_some() { Step::Works(()) } else { Step::<(), ()>::Refused(refused()) }
+                if Some(rung) >= working && working.is_some() {
+                    Step::Works(())
+                } else {
+                    Step::<(), ()>::Refused(refused())
+                }
             },
         );
         let Climbed { on, refusals } = climbed.await.unwrap();

@@ -31,6 +31,7 @@ mod share;
 mod signals;
 mod sizes;
 mod snapshot;
+mod snapshot_ladder;
 mod stdio;
 
 use cases::{Case, Scope};

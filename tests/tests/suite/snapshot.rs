@@ -2,16 +2,17 @@
 
 use std::{
     fs,
-    os::unix::fs::{OpenOptionsExt, PermissionsExt},
-    path::{Path, PathBuf},
+    path::Path,
     thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use chsnap_tests::{Container, Env, Output, Run, Settings, Started, Tools, Vmm, eventually, kill};
+use chsnap_tests::{Container, Env, Output, Run, Settings, Started, Tools, eventually, kill};
 use nix::sys::signal::Signal;
 use serde_json::Value;
+
+use crate::snapshot_ladder::{REFUSED, ladder_restore, ladder_save, only_qemu, wrapper};
 
 crate::cases! {
     Vms: restored;
@@ -23,20 +24,20 @@ crate::cases! {
 const BUILD: Duration = Duration::from_secs(180);
 
 /// Snapshots of the case's own, and pods that use them.
-fn own(env: &Env) -> Settings {
+pub fn own(env: &Env) -> Settings {
     env.settings().set("snapshot", "mode", "\"auto\"").path("snapshot", "dir", env.dir.join("snapshots"))
 }
 
-fn build(env: &Env, settings: &Settings) -> Result<Run> {
+pub fn build(env: &Env, settings: &Settings) -> Result<Run> {
     Ok(env.chsnap_with(settings, ["snapshot", "build", "--base"])?.limit(BUILD))
 }
 
-fn list(env: &Env, settings: &Settings) -> Result<Vec<Value>> {
+pub fn list(env: &Env, settings: &Settings) -> Result<Vec<Value>> {
     let text = env.chsnap_with(settings, ["snapshot", "ls", "--json"])?.text()?;
     Ok(serde_json::from_str(&text)?)
 }
 
-fn container<'a>(env: &'a Env, settings: &Settings) -> Container<'a> {
+pub fn container<'a>(env: &'a Env, settings: &Settings) -> Container<'a> {
     let settings = settings.clone();
     env.container().settings(|_| settings)
 }
@@ -52,13 +53,13 @@ fn way(env: &Env, started: &Started<'_>) -> Result<(String, String)> {
     Ok((way, why_not))
 }
 
-fn is_base(env: &Env, started: &Started<'_>) -> Result<()> {
+pub fn is_base(env: &Env, started: &Started<'_>) -> Result<()> {
     let (way, why_not) = way(env, started)?;
     ensure!(way == "base", "{way}: {why_not}");
     Ok(())
 }
 
-fn is_direct(env: &Env, started: &Started<'_>, because: &str) -> Result<()> {
+pub fn is_direct(env: &Env, started: &Started<'_>, because: &str) -> Result<()> {
     let (way, why_not) = way(env, started)?;
     ensure!(way == "direct" && why_not.contains(because), "{way}: {why_not}, and not because of {because:?}");
     Ok(())
@@ -133,13 +134,13 @@ fn clones(env: &Env) -> Result<()> {
 }
 
 /// The builders of this containerd's shims.
-fn builders(env: &Env) -> Vec<i32> {
+pub fn builders(env: &Env) -> Vec<i32> {
     let all = env.processes("containerd-shim").into_iter();
     all.filter(|process| process.args.ends_with("build-template")).map(|process| process.pid).collect()
 }
 
 /// Waits until nobody builds any more.
-fn finished(env: &Env) -> Result<()> {
+pub fn finished(env: &Env) -> Result<()> {
     eventually(BUILD, || builders(env).is_empty().then_some(())).context("the builder does not end")
 }
 
@@ -203,31 +204,6 @@ fn off_and_required(env: &Env) -> Result<()> {
     started.remove()
 }
 
-/// What an arm64 host whose KVM refuses a register makes Cloud Hypervisor say.
-const REFUSED: &str = "Could not set the vCPU state SetSysRegister(Invalid argument (os error 22))";
-
-fn program(path: &Path, text: &str) -> Result<PathBuf> {
-    let mut options = fs::File::options();
-    let mut file = options.write(true).create(true).truncate(true).mode(0o755).open(path)?;
-    std::io::Write::write_all(&mut file, text.as_bytes())?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
-    Ok(path.to_owned())
-}
-
-/// The VMM behind a script that does `instead` where a machine is restored, and the shell's condition `when` holds.
-fn wrapper(env: &Env, name: &str, when: &str, instead: &str) -> Result<PathBuf> {
-    let real = Tools::get().qemu.display().to_string();
-    let script = format!(
-        "#!/bin/sh\ncase \" $* \" in *\" -incoming \"*) if {when}; then {instead}; fi ;; esac\nexec {real} \"$@\"\n"
-    );
-    program(&env.dir.join(name), &script)
-}
-
-fn only_qemu(env: &Env) -> bool {
-    // Cloud Hypervisor is told what to do over its API, which these scripts do not speak.
-    env.vmm == Vmm::Qemu
-}
-
 /// A restore that fails, or takes too long, is followed by a boot in the same request.
 fn not_restored(env: &Env) -> Result<()> {
     if !only_qemu(env) {
@@ -269,130 +245,6 @@ fn spoilt(env: &Env) -> Result<()> {
     started.remove()?;
     env.chsnap_with(&settings, ["snapshot", "rm", &key])?.text()?;
     Ok(())
-}
-
-fn ladder_restore(env: &Env) -> Result<()> {
-    if !only_qemu(env) {
-        return Ok(());
-    }
-    let until = |name: &str, word: &str| {
-        wrapper(env, name, &format!("! echo \"$*\" | grep -q {word}"), &format!("echo '{REFUSED}' >&2; exit 1"))
-    };
-    climbs(env, [until("one", "pmu=off")?, until("two", "sve=off")?, until("all", "nothing-has-this")?], REFUSED)
-}
-
-/// Stands between chsnap and QEMU, and answers the order to save the machine itself.
-const SAVES_NOT: &str = r#"#!/usr/bin/env python3
-import ctypes, json, os, socket, subprocess, sys, threading
-
-real, unless, args = "@REAL@", "@UNLESS@", sys.argv[1:]
-at = [i for i, arg in enumerate(args) if arg.startswith("socket,id=qmp,fd=")]
-if not at or any(unless in arg for arg in args):
-    os.execv(real, [real, *args])
-outer = socket.socket(fileno=int(args[at[0]].rsplit("=", 1)[1]))
-outer.set_inheritable(False)
-inner, theirs = socket.socketpair()
-theirs.set_inheritable(True)
-args[at[0]] = f"socket,id=qmp,fd={theirs.fileno()}"
-die_with_parent = lambda: ctypes.CDLL(None).prctl(1, 9)
-qemu = subprocess.Popen([real, *args], close_fds=False, preexec_fn=die_with_parent)
-theirs.close()
-
-
-def orders():
-    for line in outer.makefile("rb"):
-        order = json.loads(line)
-        if order["execute"] == "migrate":
-            error = {"class": "GenericError", "desc": "GetAarchCoreRegister(Invalid argument (os error 22))"}
-            outer.sendall(json.dumps({"id": order["id"], "error": error}).encode() + b"\n")
-        else:
-            inner.sendall(line)
-
-
-def answers():
-    while data := inner.recv(65536):
-        outer.sendall(data)
-    outer.shutdown(socket.SHUT_RDWR)
-
-
-for task in orders, answers:
-    threading.Thread(target=task, daemon=True).start()
-sys.exit(qemu.wait())
-"#;
-
-fn ladder_save(env: &Env) -> Result<()> {
-    if !only_qemu(env) {
-        return Ok(());
-    }
-    let real = Tools::get().qemu.display().to_string();
-    let unless = |name: &str, word: &str| {
-        program(&env.dir.join(name), &SAVES_NOT.replace("@REAL@", &real).replace("@UNLESS@", word))
-    };
-    let refused = "GetAarchCoreRegister(Invalid argument (os error 22))";
-    climbs(env, [unless("one", "pmu=off")?, unless("two", "sve=off")?, unless("all", "nothing-has-this")?], refused)
-}
-
-/// With VMMs that work from the second rung, from the third, and on none.
-fn climbs(env: &Env, vmms: [PathBuf; 3], refused: &str) -> Result<()> {
-    for (vmm, rung) in vmms.iter().zip([Some("no-pmu"), Some("aggressive"), None]) {
-        let dir = env.dir.join(vmm.file_name().unwrap_or_default()).with_extension("snapshots");
-        let settings = own(env).path("vmm", "qemu", vmm).path("snapshot", "dir", dir);
-        // x86_64 has but one rung, as it has neither feature.
-        let rung = rung.filter(|_| cfg!(target_arch = "aarch64"));
-        let output = build(env, &settings)?.output()?;
-        ensure!((output.code == 0) == rung.is_some(), "{}", output.whole());
-        ensure!(output.stderr.contains(&format!("standard: {}", "the t")), "{}", output.whole());
-        ensure!(output.stderr.contains(refused), "{}", output.whole());
-        told(env, &settings, rung, refused)?;
-        let started = container(env, &settings).sh("sleep 1000").start()?;
-        match rung {
-            Some(_) => is_base(env, &started)?,
-            None => is_direct(env, &started, refused)?,
-        }
-        started.remove()?;
-        if rung.is_none() {
-            hopeless(env, &settings, refused)?;
-        }
-    }
-    Ok(())
-}
-
-/// The doctor and the snapshot know the rung, and why it is not a fuller one.
-fn told(env: &Env, settings: &Settings, rung: Option<&str>, refused: &str) -> Result<()> {
-    let doctor = env.chsnap_with(settings, ["doctor", "--json"])?.output()?;
-    let doctor: Value = serde_json::from_str(&doctor.text())?;
-    let ladder = &doctor["ladder"];
-    ensure!(ladder["rung"].as_str() == rung, "{ladder}");
-    let first = &ladder["refusals"][0];
-    ensure!(first["rung"] == "standard" && first["why"].as_str().is_some_and(|why| why.contains(refused)), "{ladder}");
-    let text = env.chsnap_with(settings, ["doctor"])?.output()?.text();
-    ensure!(text.contains(refused), "{text}");
-    if cfg!(not(target_arch = "aarch64")) {
-        ensure!(ladder["refusals"][2]["why"].as_str().is_some_and(|why| why.starts_with("passed over: ")), "{ladder}");
-    }
-    let all = list(env, settings)?;
-    ensure!(all.len() == usize::from(rung.is_some()), "{all:?}");
-    if let Some(rung) = rung {
-        ensure!(all[0]["manifest"]["inputs"]["rung"] == rung, "{all:?}");
-        ensure!(all[0]["manifest"]["refusals"][0]["rung"] == "standard", "{all:?}");
-    }
-    Ok(())
-}
-
-/// Where no rung works, nothing is built again, until somebody asks for that.
-fn hopeless(env: &Env, settings: &Settings, refused: &str) -> Result<()> {
-    let settings = settings.clone().set("snapshot", "builders", "1");
-    let started = container(env, &settings).sh("sleep 1000").start()?;
-    is_direct(env, &started, refused)?;
-    ensure!(builders(env).is_empty(), "it is tried again");
-    started.remove()?;
-    let doctor: Value = serde_json::from_str(&env.chsnap_with(&settings, ["doctor", "--json", "--retry"])?.output()?.text())?;
-    ensure!(doctor["ladder"].is_null(), "{}", doctor["ladder"]);
-    let started = container(env, &settings).sh("sleep 1000").start()?;
-    is_direct(env, &started, "there is no base snapshot yet")?;
-    eventually(Duration::from_secs(5), || builders(env).first().copied()).context("it is not tried again")?;
-    started.remove()?;
-    finished(env)
 }
 
 /// A builder that is killed leaves no process and no snapshot, and the next one its remains.
