@@ -1,7 +1,8 @@
 #!/bin/bash
 # config.sh <file>: writes a configuration that uses what was built and unpacked below target/.
 # CHSNAP_STATE_DIR is where pods are recorded and have their sockets: a short path, for a socket's may
-# have 107 bytes.
+# have 107 bytes. CHSNAP_SNAPSHOT_MODE=auto has pods restored, and templates built beside them: demo and benchmark
+# are about booting.
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -27,4 +28,8 @@ virtiofsd = "$BIN/virtiofsd"
 
 [state]
 dir = "${CHSNAP_STATE_DIR:-/run/chsnap}"
+
+[snapshot]
+mode = "${CHSNAP_SNAPSHOT_MODE:-off}"
+dir = "$TARGET/snapshots"
 CONF
