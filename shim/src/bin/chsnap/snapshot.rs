@@ -250,7 +250,7 @@ fn prune(prune: &Prune) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// In the foreground, with all the CPU it can get.
+/// In the foreground: progress on stderr, the key on stdout.
 fn build(build: &Build) -> Outcome {
     let config = Config::load(build.args.config.as_deref())?;
     let overrides = Overrides { memory: build.memory, vcpus: build.vcpus, ..Overrides::default() };
