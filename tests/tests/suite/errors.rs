@@ -116,7 +116,8 @@ fn annotation_value(env: &Env) -> Result<String> {
 }
 
 fn snapshot_required(env: &Env) -> Result<String> {
-    refused(env.container().annotation("io.chsnap.snapshot", "require"))
+    let elsewhere = env.dir.join("snapshots");
+    refused(with(env, |s| s.path("snapshot", "dir", elsewhere)).annotation("io.chsnap.snapshot", "require"))
 }
 
 fn vcpus_too_many(env: &Env) -> Result<String> {
