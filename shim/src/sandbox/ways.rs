@@ -16,7 +16,7 @@ use crate::{
 /// One way to start the machine.
 pub(super) enum Candidate {
     /// From the base snapshot.
-    Base(Base),
+    Base(Box<Base>),
     /// Kernel and all.
     Direct(Box<dyn Driver>),
 }
@@ -90,7 +90,7 @@ pub(super) async fn find(
     let mut ways = Ways { candidates: Vec::new(), why_not: Vec::new(), wanting: false };
     let wanted = request.overrides.snapshot(&request.config.snapshot);
     match base(request, wanted, &*driver, virtiofsd, scout).await {
-        Ok(base) => ways.candidates.push(Candidate::Base(base)),
+        Ok(base) => ways.candidates.push(Candidate::Base(Box::new(base))),
         Err(why) => {
             ways.wanting = matches!(why, NoBase::Missing);
             ways.why_not.push(chain(&why));
