@@ -21,7 +21,7 @@ pub use containerd::{Containerd, Version, stop_all, sweep};
 pub use ctr::Ctr;
 pub use leak::Baseline;
 pub use pod::{Container, Env, IMAGE, Started, Vmm};
-pub use proc::{Process, kill, marked, rss_kib};
+pub use proc::{Process, kill, marked, rss_kib, rss_parts};
 pub use pty::Pty;
 pub use run::{Output, Run, Running, eventually, patience};
 pub use settings::Settings;

@@ -54,6 +54,14 @@ pub fn kill(pid: i32, signal: signal::Signal) -> Result<()> {
     signal::kill(Pid::from_raw(pid), signal).with_context(|| format!("{signal} to process {pid}"))
 }
 
+/// What there is to say of a process's resident memory: anonymous, of files, shared.
+#[must_use]
+pub fn rss_parts(pid: i32) -> String {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let lines: Vec<&str> = status.lines().filter(|line| line.starts_with("Rss")).collect();
+    lines.join(", ").replace('\t', " ")
+}
+
 /// Resident memory.
 pub fn rss_kib(pid: i32) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;

@@ -62,7 +62,7 @@ fn all_processes(env: &Env) -> Result<()> {
     ensure!(both.is_some(), "{}", started.python(SLEEPERS)?);
     env.ctr().text(["task", "kill", "--all", "-s", "SIGTERM", &started.id])?;
     started.wait_log("one got it")?;
-    let gone = eventually(Duration::from_secs(5), || (started.python(SLEEPERS).ok()? == "0").then_some(()));
+    let gone = eventually(Duration::from_secs(20), || (started.python(SLEEPERS).ok()? == "0").then_some(()));
     ensure!(gone.is_some(), "the other processes did not get it");
     started.remove()
 }

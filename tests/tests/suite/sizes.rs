@@ -3,7 +3,7 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
-use chsnap_tests::{Env, Tools, rss_kib};
+use chsnap_tests::{Env, Tools, rss_kib, rss_parts};
 
 crate::cases! {
     Once: agent, shim;
@@ -27,6 +27,6 @@ fn shim(env: &Env) -> Result<()> {
     let rss = rss_kib(shim.pid)?;
     // What a debug build carries along is none of the shim's own.
     let limit = if Tools::get().bin.ends_with("release") { 10 << 10 } else { 40 << 10 };
-    ensure!(rss < limit, "{rss} KiB");
+    ensure!(rss < limit, "{rss} KiB: {}", rss_parts(shim.pid));
     started.remove()
 }
