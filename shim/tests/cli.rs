@@ -122,7 +122,7 @@ fn a_reader_that_leaves_is_no_error() {
 }
 
 /// Every check that there is, in order.
-const CHECKS: [&str; 17] = [
+const CHECKS: [&str; 18] = [
     "configuration",
     "root",
     "host kernel",
@@ -140,6 +140,7 @@ const CHECKS: [&str; 17] = [
     "overlayfs",
     "/dev/net/tun",
     "state directory",
+    "snapshots",
 ];
 
 fn doctor(path: &str, config: &str, args: &[&str]) -> Output {
@@ -213,4 +214,7 @@ fn doctor_is_content_where_everything_is_there() {
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((output.status.code(), &report["ok"]), (Some(0), &true.into()), "{report:#}");
     assert_eq!(report["driver"]["vmm"], "qemu");
+    assert_eq!(report["ladder"], Value::Null);
+    let snapshots = report["checks"].as_array().unwrap().last().unwrap();
+    assert!(snapshots["found"].as_str().unwrap().starts_with("not tried yet"), "{snapshots}");
 }
