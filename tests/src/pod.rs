@@ -247,7 +247,7 @@ impl<'a> Container<'a> {
     pub fn ctr(&self, verb: &[&str], flags: &[&str], wrapper: Option<&[&str]>) -> Result<Run> {
         IDS.lock().unwrap_or_else(PoisonError::into_inner).insert(self.id.clone());
         if ways::base_wanted() && self.is_ordinary() {
-            ways::expect(&self.id);
+            ways::expect(self.env, &self.id);
         }
         let mut run = self.env.ctr().under(wrapper).args(verb).args(flags);
         run = match self.env.vmm {

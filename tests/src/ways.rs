@@ -13,7 +13,8 @@ use anyhow::{Context, Result, bail};
 
 use crate::{Env, eventually};
 
-static EXPECTED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+/// Pods by their containerd: other cases may run at the same time on others.
+static EXPECTED: Mutex<BTreeSet<(PathBuf, String)>> = Mutex::new(BTreeSet::new());
 static BUILT: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
 /// Whether ordinary pods are to be restored.
@@ -27,8 +28,8 @@ pub fn base_wanted() -> bool {
 }
 
 /// This pod has to be restored.
-pub(crate) fn expect(id: &str) {
-    EXPECTED.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned());
+pub(crate) fn expect(env: &Env, id: &str) {
+    EXPECTED.lock().unwrap_or_else(PoisonError::into_inner).insert((env.daemon.root.clone(), id.to_owned()));
 }
 
 /// Builds the base snapshot of ordinary pods, once for each containerd and VMM.
@@ -49,8 +50,12 @@ pub fn mark(env: &Env) -> usize {
 
 /// Compares how the pods were started since `mark` with how they had to be.
 pub fn check(env: &Env, mark: usize) -> Result<()> {
-    // Those of other lanes' cases are not in this log.
-    let expected = EXPECTED.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let mut all = EXPECTED.lock().unwrap_or_else(PoisonError::into_inner);
+    let (ours, theirs) =
+        std::mem::take(&mut *all).into_iter().partition::<BTreeSet<_>, _>(|(root, _)| *root == env.daemon.root);
+    *all = theirs;
+    drop(all);
+    let expected: Vec<String> = ours.into_iter().map(|(_, id)| id).collect();
     let mut others = Vec::new();
     // What the shim says comes to containerd's log a little later.
     eventually(Duration::from_millis(300), || {
