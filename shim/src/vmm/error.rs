@@ -130,7 +130,7 @@ pub enum ControlError {
         answer: String,
     },
     /// No answer in time.
-    #[error("the VMM did not answer {command:?} within {seconds} s ([deadlines] boot)")]
+    #[error("the VMM did not answer {command:?} within {seconds} s ([deadlines] boot, or restore)")]
     Late {
         /// What was asked.
         command: String,

@@ -212,7 +212,7 @@ fn not_restored(env: &Env) -> Result<()> {
     let shown = |path: &Path| path.display().to_string();
     let instead = format!("if [ -e {} ]; then exec sleep 1000; fi; echo '{REFUSED}' >&2; exit 1", shown(&slow));
     let qemu = wrapper(env, "qemu", &format!("[ -e {} ]", shown(&broken)), &instead)?;
-    let settings = own(env).path("vmm", "qemu", qemu).set("deadlines", "restore", "2");
+    let settings = own(env).path("vmm", "qemu", qemu).set("deadlines", "restore", "5");
     build(env, &settings)?.text()?;
     let works = container(env, &settings).sh("sleep 1000").start()?;
     is_base(env, &works)?;
@@ -225,10 +225,10 @@ fn not_restored(env: &Env) -> Result<()> {
     fails.remove()?;
     fs::write(&slow, "")?;
     let late = container(env, &settings).sh("sleep 1000").start()?;
-    is_direct(env, &late, "within 2 s")?;
+    is_direct(env, &late, "within 5 s")?;
     late.remove()?;
     let required = container(env, &settings).annotation("io.chsnap.snapshot", "require").command(["true"]).output()?;
-    ensure!(required.code != 0 && required.stderr.contains("within 2 s"), "{}", required.whole());
+    ensure!(required.code != 0 && required.stderr.contains("within 5 s"), "{}", required.whole());
     Ok(())
 }
 
