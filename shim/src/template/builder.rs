@@ -188,6 +188,7 @@ impl Workshop<'_> {
         let made = self.make(&*driver, virtiofsd, rung, building.dir(), tell).await;
         let published = match made {
             Ok(()) => self.publish(building, refusals, &*driver, virtiofsd, scout).await,
+            Err(Unbuilt::Rung(error)) if error.is_for_want_of_room() => Err(TemplateError::Room(error)),
             Err(Unbuilt::Rung(error)) => {
                 building.clear().map_err(TemplateError::from)?;
                 self.held.push(building);
@@ -319,7 +320,7 @@ impl From<TemplateError> for Unbuilt {
 /// Whether it would be the same a moment later.
 fn is_lasting(error: &TemplateError) -> bool {
     match error {
-        TemplateError::Start(_) => true,
+        TemplateError::Start(_) | TemplateError::Room(_) => true,
         TemplateError::Build(error) => !matches!(error, BuildError::Busy { .. } | BuildError::Exists { .. }),
         _ => false,
     }

@@ -12,6 +12,7 @@ use crate::{
     sandbox::{DirError, StartError},
     share::VirtiofsdError,
     snapshot::{BuildError, InputsError, Key, OpenError},
+    task::chain,
     vmm::{SelectError, SnapshotError},
 };
 
@@ -87,6 +88,9 @@ pub enum TemplateError {
     /// A file was replaced.
     #[error("the kernel, the initramfs, or a program was replaced while the template was built: build it again")]
     Changed,
+    /// Its machine had to give way, or had no room: that says nothing about the rung.
+    #[error("the host had no room for it, or somebody killed it")]
+    Room(#[source] RungError),
     /// It did not work lately.
     #[error("it failed a short while ago: {0}")]
     Lately(String),
@@ -109,8 +113,42 @@ pub enum RungError {
     Trial(#[source] StartError),
 }
 
+impl RungError {
+    /// Whether it was the host's want of memory or of disk, or somebody's doing. A rung is not to be given up for that.
+    fn is_for_want_of_room(&self) -> bool {
+        const TELLING: [&str; 4] =
+            ["(SIGKILL)", "No space left on device", "Cannot allocate memory", "Disk quota exceeded"];
+        let text = chain(self);
+        TELLING.iter().any(|telling| text.contains(telling))
+    }
+}
+
 /// What the guest says of itself, for the record.
 fn told(info: &InfoResponse) -> String {
     let release: String = info.kernel_release.chars().filter(|c| !c.is_control()).take(64).collect();
     format!("guest kernel {release}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::ControlError;
+
+    #[test]
+    fn what_was_killed_or_had_no_room_is_not_held_against_the_rung() {
+        let saved = |answer: &str| {
+            let (command, answer) = ("migrate".into(), answer.into());
+            RungError::Save(SnapshotError::Control(ControlError::Refused { command, answer }))
+        };
+        let trial = |how: &str| RungError::Trial(StartError::Died { how: how.into() });
+        for error in
+            [saved("Unable to write to file: No space left on device"), trial("the VMM ended (signal: 9 (SIGKILL))")]
+        {
+            assert!(error.is_for_want_of_room(), "{}", chain(&error));
+        }
+        for error in [saved("SetSysRegister(Invalid argument (os error 22))"), trial("the VMM ended (exit status: 1)")]
+        {
+            assert!(!error.is_for_want_of_room(), "{}", chain(&error));
+        }
+    }
 }
