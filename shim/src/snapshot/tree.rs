@@ -182,7 +182,8 @@ mod tests {
         let plain = made(|_| ());
         assert_eq!(plain, made(|_| ()), "the same twice");
         assert_eq!(plain.entries, 5);
-        let changes: [(&str, fn(&Path)); 9] = [
+        type Change = fn(&Path);
+        let changes: [(&str, Change); 9] = [
             ("contents", |t| fs::write(t.join("usr/lib/a.pyc"), "byteCode").unwrap()),
             ("a file more", |t| fs::write(t.join("usr/lib/c"), "").unwrap()),
             ("a file less", |t| fs::remove_file(t.join("usr/lib/b.pyc")).unwrap()),
