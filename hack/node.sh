@@ -84,10 +84,13 @@ boot() {
   until client ping --timeout 1 2>/dev/null; do
     if ! kill -0 "$pid" 2>/dev/null; then
       show_console
-      die "the $ARCH node has ended while booting: $(grep -hv '^+ ' "$STATE/keeper.log" "$STATE/machine.log" | tail -n 3 | tr '\n' ' ')"
+      die "the $ARCH node has ended while booting: $(grep -hv '^+ \| WARN ' "$STATE/keeper.log" "$STATE/machine.log" | tail -n 3 | tr '\n' ' ')"
     fi
     if [ $SECONDS -ge $deadline ]; then
       show_console
+      # It may not have come as far as to hold the lock, by which halt knows it.
+      kill -TERM "$pid" 2>/dev/null || true
+      wait "$pid" 2>/dev/null || true
       halt
       die "the $ARCH node did not come up in $START_TIMEOUT s"
     fi
@@ -99,7 +102,8 @@ boot() {
 
 halt() {
   local pid
-  pid=$(keeper) || return 0
+  # One that was killed leaves its disk.
+  pid=$(keeper) || { rm -f "$STATE/scratch.ext4"; return 0; }
   kill -TERM "$pid" 2>/dev/null || true
   for _ in $(seq 100); do
     keeper >/dev/null || break

@@ -53,6 +53,9 @@ class Machine:
 
     def share(self, tag, directory, access):
         path = f"{self.args.sockets}/{tag}.fs"
+        # One that was left by a keeper that was killed would pass for the new one.
+        if os.path.exists(path):
+            os.unlink(path)
         argv = [
             self.args.virtiofsd, f"--socket-path={path}", f"--shared-dir={directory}",
             "--sandbox=chroot", "--inode-file-handles=never", "--log-level=warn",

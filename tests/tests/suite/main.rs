@@ -106,7 +106,7 @@ fn trials() -> Vec<Trial> {
                 if here && (vmm != Vmm::Runc || reference) {
                     let name = format!("{vmm}/{version}/{topic}::{}", case.name);
                     let trial = Trial::test(name, move || run(vmm, version, case));
-                    let unprovokable = cases::unprovokable(case.name);
+                    let unprovokable = cases::unprovokable(vmm, case.name);
                     if let (Some(why), None) = (unprovokable, &why_not) {
                         println!("{vmm}: {topic}::{} is ignored: {why}", case.name);
                     }

@@ -12,7 +12,7 @@ use chsnap_tests::{Container, Env, Output, Run, Settings, Started, Tools, eventu
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::snapshot_ladder::{REFUSED, ladder_restore, ladder_save, only_qemu, wrapper};
+use crate::snapshot_ladder::{REFUSED, ladder_restore, ladder_save, wrapper};
 
 crate::cases! {
     Vms: restored;
@@ -205,9 +205,6 @@ fn off_and_required(env: &Env) -> Result<()> {
 
 /// A restore that fails, or takes too long, is followed by a boot in the same request.
 fn not_restored(env: &Env) -> Result<()> {
-    if !only_qemu(env) {
-        return Ok(());
-    }
     let (broken, slow) = (env.dir.join("broken"), env.dir.join("slow"));
     let shown = |path: &Path| path.display().to_string();
     let instead = format!("if [ -e {} ]; then exec sleep 1000; fi; echo '{REFUSED}' >&2; exit 1", shown(&slow));

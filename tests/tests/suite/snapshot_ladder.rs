@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use chsnap_tests::{Env, Settings, Tools, Vmm, eventually};
+use chsnap_tests::{Env, Settings, Tools, eventually};
 use serde_json::Value;
 
 use crate::snapshot::{build, builders, container, finished, is_base, is_direct, list, own};
@@ -34,15 +34,7 @@ pub fn wrapper(env: &Env, name: &str, when: &str, instead: &str) -> Result<PathB
     program(&env.dir.join(name), &script)
 }
 
-pub fn only_qemu(env: &Env) -> bool {
-    // Cloud Hypervisor is told what to do over its API, which these scripts do not speak.
-    env.vmm == Vmm::Qemu
-}
-
 pub fn ladder_restore(env: &Env) -> Result<()> {
-    if !only_qemu(env) {
-        return Ok(());
-    }
     let until = |name: &str, word: &str| {
         wrapper(env, name, &format!("! echo \"$*\" | grep -q {word}"), &format!("echo '{REFUSED}' >&2; exit 1"))
     };
@@ -89,9 +81,6 @@ sys.exit(qemu.wait())
 "#;
 
 pub fn ladder_save(env: &Env) -> Result<()> {
-    if !only_qemu(env) {
-        return Ok(());
-    }
     let real = Tools::get().qemu.display().to_string();
     let unless = |name: &str, word: &str| {
         program(&env.dir.join(name), &SAVES_NOT.replace("@REAL@", &real).replace("@UNLESS@", word))
