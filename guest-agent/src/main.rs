@@ -2,11 +2,12 @@
 //! shim, over the agent channel.
 //!
 //! Rooms: `transport` (channel and sessions), `service` (the protocol), `resume` (what a restored machine has to forget),
-//! `container` (specification to namespaces), `process` (start and end), `stream` (bytes), `sys` (system calls).
+//! `freeze` (what is saved of a container's process), `container` (specification to namespaces), `process` (start and end), `stream` (bytes), `sys` (system calls).
 
 mod clock;
 mod container;
 mod error;
+mod freeze;
 mod process;
 mod resume;
 mod service;
@@ -19,9 +20,10 @@ use std::{error::Error, io, path::PathBuf, process::ExitCode, sync::Arc};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use ttrpc::r#async::{Server, transport::Listener};
 
-use chsnap_protocol::agent_ttrpc::create_agent;
+use chsnap_protocol::{PUBLIC_DIR, agent_ttrpc::create_agent};
 
 use container::Containers;
+use freeze::Freezer;
 use service::Service;
 use transport::{Peer, Source, TransportError};
 
@@ -41,6 +43,8 @@ enum AgentError {
     Channel(#[source] TransportError),
     #[error("cannot begin an epoch")]
     Epoch(#[source] resume::ResumeError),
+    #[error("cannot offer containers what they find in {PUBLIC_DIR}")]
+    Public(#[source] io::Error),
     #[error("cannot reap processes")]
     Reap(#[source] io::Error),
 }
@@ -97,16 +101,25 @@ fn run() -> Result<(), AgentError> {
 async fn serve(arguments: Arguments, open_files: (u64, u64)) -> Result<(), AgentError> {
     let init_start_ns = clock::init_start_ns();
     // Outside a VM, the directory would be the host's.
-    if arguments.unix.is_none() {
-        resume::begin_epoch().map_err(AgentError::Epoch)?;
-    }
+    let freezer = match arguments.unix {
+        None => {
+            resume::begin_epoch().map_err(AgentError::Epoch)?;
+            Freezer::open().map_err(AgentError::Public)?
+        }
+        Some(_) => Freezer::default(),
+    };
     let containers = Containers::new(arguments.cgroup_root, open_files).map_err(AgentError::Start)?;
     let containers = Arc::new(containers);
     let source = match arguments.unix {
         Some(path) => Source::peer(Peer::Unix(path)),
         None => Source::find().await.map_err(AgentError::Channel)?,
     };
-    let service = Service { containers: containers.clone(), init_start_ns, ready_ns: clock::boot_ns() };
+    let service = Service {
+        containers: containers.clone(),
+        freezer: Arc::new(freezer),
+        init_start_ns,
+        ready_ns: clock::boot_ns(),
+    };
     let (lost, mut loss) = tokio::sync::mpsc::unbounded_channel();
     let streams = containers.clone();
     let sessions = source.sessions(

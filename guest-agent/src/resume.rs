@@ -146,6 +146,39 @@ mod tests {
         }
     }
 
+    /// What comes of a whole request on a thread of its own, to which the kernel refuses `ioctl`; and the clock, which is
+    /// this machine's.
+    fn resumed_without(ioctl: u64) -> ResumeError {
+        use seccompiler::{
+            SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+        };
+        let is = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, ioctl).unwrap();
+        let rules = [(libc::SYS_ioctl, vec![SeccompRule::new(vec![is]).unwrap()]), (libc::SYS_clock_settime, vec![])];
+        let refused = SeccompAction::Errno(libc::EPERM as u32);
+        let arch = std::env::consts::ARCH.try_into().unwrap();
+        let filter = SeccompFilter::new(rules.into_iter().collect(), SeccompAction::Allow, refused, arch).unwrap();
+        let program: seccompiler::BpfProgram = filter.try_into().unwrap();
+        let thread = std::thread::spawn(move || {
+            seccompiler::apply_filter(&program).unwrap();
+            resume(&request(), clock::boot_ns())
+        });
+        thread.join().unwrap().unwrap_err()
+    }
+
+    /// Two clones often differ without it, too: no two machines run alike for long. It is not to depend on that.
+    #[test]
+    fn without_random_numbers_of_its_own_a_machine_is_not_resumed() {
+        if !nix::unistd::geteuid().is_root() {
+            return chsnap_test_skip::skip("only root may add entropy");
+        }
+        assert!(matches!(resumed_without(0x4008_5203), ResumeError::Entropy(_)), "RNDADDENTROPY was not called first");
+        assert!(
+            matches!(resumed_without(0x5207), ResumeError::Reseed(_)),
+            "RNDRESEEDCRNG was not called before the rest"
+        );
+        assert!(matches!(resumed_without(0), ResumeError::Clock(_)), "it ends at the clock, which nobody may set here");
+    }
+
     #[test]
     fn an_epoch_replaces_the_one_before() {
         let dir = tempfile::tempdir().unwrap();

@@ -16,18 +16,20 @@ use ttrpc::{Code, r#async::TtrpcContext};
 use chsnap_protocol::{
     PROTOCOL_VERSION, SHARE_MOUNT,
     agent::{
-        ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, CreateProcessResponse, Empty,
-        InfoRequest, InfoResponse, ListPidsResponse, ProcessRef, ReadStreamRequest, ReadStreamResponse,
-        ResizeTerminalRequest, ResumeRequest, SignalProcessRequest, StartProcessResponse, StatsResponse, StreamRef,
-        WaitProcessResponse, WriteStreamRequest,
+        AdoptRequest, AwaitReadyRequest, ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest,
+        CreateProcessResponse, Empty, FreezeRequest, InfoRequest, InfoResponse, ListPidsResponse, ProcessRef,
+        ReadStreamRequest, ReadStreamResponse, ResizeTerminalRequest, ResumeRequest, SignalProcessRequest,
+        StartProcessResponse, StatsResponse, StreamRef, WaitOomRequest, WaitOomResponse, WaitProcessResponse,
+        WriteStreamRequest,
     },
     agent_ttrpc::Agent,
 };
 
 use crate::{
     clock,
-    container::{ContainerError, Containers},
+    container::Containers,
     error::{Coded, invalid, status},
+    freeze::Freezer,
     process::{StreamIds, Wanted},
     resume,
 };
@@ -38,6 +40,7 @@ type Answer<T> = ttrpc::Result<T>;
 #[derive(Debug)]
 pub struct Service {
     pub containers: Arc<Containers>,
+    pub freezer: Arc<Freezer>,
     /// Times since the boot.
     pub init_start_ns: u64,
     pub ready_ns: u64,
@@ -48,10 +51,11 @@ fn refuse<E: Coded>(error: E) -> ttrpc::Error {
 }
 
 /// Carries a change through even if the session ends in the middle of it.
-async fn whole<T, F>(change: F) -> Answer<T>
+async fn whole<T, E, F>(change: F) -> Answer<T>
 where
     T: Send + 'static,
-    F: Future<Output = Result<T, ContainerError>> + Send + 'static,
+    E: Coded + Send + 'static,
+    F: Future<Output = Result<T, E>> + Send + 'static,
 {
     match tokio::spawn(change).await {
         Ok(result) => result.map_err(refuse),
@@ -134,9 +138,15 @@ impl Agent for Service {
         Ok(WaitProcessResponse {
             exit_status: exit.status,
             exited_at_ns: exit.at_ns,
-            oom_killed: exit.oom_killed,
+            oom_kills: exit.oom_kills,
             ..Default::default()
         })
+    }
+
+    async fn wait_oom(&self, _: &TtrpcContext, request: WaitOomRequest) -> Answer<WaitOomResponse> {
+        let process = self.containers.process(&request.container_id, "").map_err(refuse)?;
+        let kills = process.wait_oom(request.known).await;
+        Ok(WaitOomResponse { kills, ..Default::default() })
     }
 
     async fn signal_process(&self, _: &TtrpcContext, request: SignalProcessRequest) -> Answer<Empty> {
@@ -193,6 +203,22 @@ impl Agent for Service {
         let port = port.ok_or_else(|| invalid(format!("{} is not a TCP port", request.port)))?;
         let stream = self.containers.streams.connect(port).await.map_err(refuse)?;
         Ok(StreamRef { stream, ..Default::default() })
+    }
+
+    async fn await_ready(&self, _: &TtrpcContext, request: AwaitReadyRequest) -> Answer<Empty> {
+        self.freezer.await_ready(&self.containers, &request).await.map_err(refuse)?;
+        Ok(Empty::new())
+    }
+
+    async fn freeze(&self, _: &TtrpcContext, request: FreezeRequest) -> Answer<Empty> {
+        let (freezer, containers) = (self.freezer.clone(), self.containers.clone());
+        whole(async move { freezer.freeze(&containers, &request).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn adopt(&self, _: &TtrpcContext, request: AdoptRequest) -> Answer<CreateProcessResponse> {
+        let (freezer, containers) = (self.freezer.clone(), self.containers.clone());
+        whole(async move { freezer.adopt(&containers, &request).await }).await.map(created)
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> Answer<Empty> {

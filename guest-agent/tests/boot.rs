@@ -212,12 +212,12 @@ async fn memory_is_limited(guest: &Guest) {
     assert!(stats.memory_current > 0 && stats.memory_current <= limit, "{stats:?}");
     guest.signal("oom", "", 9, false).await.unwrap();
     let exit = guest.client.wait_process(soon(), &process("oom", "")).await.unwrap();
-    assert_eq!((exit.exit_status, exit.oom_killed), (137, true));
+    assert_eq!((exit.exit_status, exit.oom_kills), (137, 1));
     guest.delete("oom").await.unwrap();
     // No news of the last one.
     guest.run("calm", &guest.shell("true")).await;
     let exit = guest.client.wait_process(soon(), &process("calm", "")).await.unwrap();
-    assert_eq!((exit.exit_status, exit.oom_killed), (0, false));
+    assert_eq!((exit.exit_status, exit.oom_kills), (0, 0));
     guest.delete("calm").await.unwrap();
 }
 

@@ -31,6 +31,19 @@ pub const PUBLIC_MOUNT: &str = "/dev/chsnap";
 /// In both: the UUID that a machine, booted or restored, shares with no other.
 pub const EPOCH_FILE: &str = "epoch";
 
+/// In both: a datagram socket for sd_notify(3).
+pub const NOTIFY_SOCKET: &str = "notify";
+
+/// In both: where processes register for hooks, see `docs/hooks.md`.
+pub const HOOK_SOCKET: &str = "snapshot.sock";
+
+/// In both: modules for Python.
+pub const PYTHON_DIR: &str = "python";
+
+/// The container's directory in the share, for the first one of a pod: the same in every pod, since a machine that is
+/// restored looks for its files where they were. No container's id begins with a point.
+pub const FIRST_HOME: &str = ".first";
+
 /// The kernel's word for a guest whose share is mounted by `Resume` and not in the boot.
 pub const SHARE_LATER: &str = "chsnap.share=later";
 

@@ -15,7 +15,10 @@ use ttrpc::Code;
 
 use chsnap_protocol::agent::StatsResponse;
 
-use super::spec::Resources;
+use super::{
+    oom::{self, EVENTS, OomKills},
+    spec::Resources,
+};
 use crate::error::Coded;
 
 /// Below the root of the hierarchy; holds one directory a container.
@@ -45,6 +48,8 @@ pub enum CgroupError {
     Read(PathBuf, #[source] io::Error),
     #[error("processes of the container are still alive {0} s after SIGKILL")]
     Alive(u64),
+    #[error("processes of the container do not stand still {0} s after they were told to")]
+    Restless(u64),
     #[error("cannot remove the cgroup {0}")]
     Remove(PathBuf, #[source] io::Error),
 }
@@ -53,7 +58,7 @@ impl Coded for CgroupError {
     fn code(&self) -> Code {
         match self {
             Self::Limit { .. } | Self::BadName(_) => Code::INVALID_ARGUMENT,
-            Self::Alive(_) => Code::DEADLINE_EXCEEDED,
+            Self::Alive(_) | Self::Restless(_) => Code::DEADLINE_EXCEEDED,
             Self::Make(..) | Self::Read(..) | Self::Remove(..) => Code::INTERNAL,
         }
     }
@@ -106,7 +111,11 @@ impl Cgroup {
         Ok(cgroup)
     }
 
-    fn limit(&self, resources: &Resources) -> Result<(), CgroupError> {
+    /// Sets its limits.
+    ///
+    /// # Errors
+    /// If the kernel refuses, or lacks the controller of one.
+    pub fn limit(&self, resources: &Resources) -> Result<(), CgroupError> {
         for (file, value) in limits(resources)? {
             let result = fs::write(self.path.join(&file), &value);
             match result {
@@ -121,7 +130,15 @@ impl Cgroup {
 
     /// How many processes the kernel has killed here for want of memory.
     pub fn oom_kills(&self) -> u64 {
-        fs::read_to_string(self.path.join("memory.events")).map_or(0, |text| field(&text, "oom_kill"))
+        fs::read_to_string(self.path.join(EVENTS)).map_or(0, |text| oom::count(&text))
+    }
+
+    /// To hear of more.
+    ///
+    /// # Errors
+    /// If the kernel does not count them.
+    pub fn watch_oom_kills(&self) -> io::Result<OomKills> {
+        OomKills::open(&self.path.join(EVENTS))
     }
 
     /// The numbers of all processes, in the agent's PID namespace.
@@ -166,6 +183,42 @@ impl Cgroup {
     pub fn kill(&self) -> Result<(), CgroupError> {
         let path = self.path.join("cgroup.kill");
         fs::write(&path, "1").map_err(|e| CgroupError::Read(path, e))
+    }
+
+    /// Stops everything in it, and waits until it stands still. A process may well be in a call to the kernel that has to
+    /// end first.
+    ///
+    /// # Errors
+    /// If something goes on.
+    pub async fn freeze(&self) -> Result<(), CgroupError> {
+        const STEP: Duration = Duration::from_millis(1);
+        self.set_frozen(true)?;
+        let mut waited = Duration::ZERO;
+        while !fs::read_to_string(self.path.join("cgroup.events")).is_ok_and(|text| field(&text, "frozen") != 0) {
+            if waited.as_secs() >= PATIENCE {
+                return Err(CgroupError::Restless(PATIENCE));
+            }
+            tokio::time::sleep(STEP).await;
+            waited += STEP;
+        }
+        Ok(())
+    }
+
+    /// Lets everything in it go on.
+    ///
+    /// # Errors
+    /// If the cgroup cannot be written.
+    pub fn thaw(&self) -> Result<(), CgroupError> {
+        self.set_frozen(false)
+    }
+
+    fn set_frozen(&self, frozen: bool) -> Result<(), CgroupError> {
+        let (file, value) = ("cgroup.freeze", if frozen { "1" } else { "0" });
+        fs::write(self.path.join(file), value).map_err(|source| CgroupError::Limit {
+            file: file.into(),
+            value: value.into(),
+            source,
+        })
     }
 
     /// The cgroup that a process of the container is in, this one or one below.
@@ -252,7 +305,7 @@ impl AsFd for Cgroup {
 }
 
 /// The number beside `key` in a file of lines "key number".
-fn field(text: &str, key: &str) -> u64 {
+pub(super) fn field(text: &str, key: &str) -> u64 {
     let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
     line.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
 }
@@ -283,6 +336,12 @@ fn limits(resources: &Resources) -> Result<Vec<(String, String)>, CgroupError> {
         let quota = limit(resources.cpu.quota.unwrap_or(-1));
         set("cpu.max", format!("{quota} {}", period.unwrap_or(100_000)));
     }
+    if let Some(burst) = resources.cpu.burst {
+        set("cpu.max.burst", burst.to_string());
+    }
+    if let Some(idle) = resources.cpu.idle {
+        set("cpu.idle", idle.to_string());
+    }
     for (file, value) in &resources.unified {
         if file.contains('/') || !file.contains('.') || file.starts_with('.') {
             return Err(CgroupError::BadName(file.clone()));
@@ -299,7 +358,7 @@ mod tests {
     #[test]
     fn limits_are_translated() {
         let json = r#"{"memory": {"limit": 1048576, "swap": 2097152}, "pids": {"limit": 7},
-            "cpu": {"shares": 1024, "quota": 50000, "period": 100000}, "unified": {"memory.high": "4096"}}"#;
+            "cpu": {"shares": 1024, "quota": 50000, "period": 100000, "burst": 5, "idle": 0}, "unified": {"memory.high": "4096"}}"#;
         let files = limits(&serde_json::from_str(json).unwrap()).unwrap();
         let expected = [
             ("memory.max", "1048576"),
@@ -307,6 +366,8 @@ mod tests {
             ("pids.max", "7"),
             ("cpu.weight", "39"),
             ("cpu.max", "50000 100000"),
+            ("cpu.max.burst", "5"),
+            ("cpu.idle", "0"),
             ("memory.high", "4096"),
         ];
         let files: Vec<_> = files.iter().map(|(f, v)| (f.as_str(), v.as_str())).collect();

@@ -73,6 +73,10 @@ impl Containers {
     pub async fn start(&self, container_id: &str, exec_id: &str) -> Result<u32, ContainerError> {
         let process = self.process(container_id, exec_id)?;
         let launching = match process.take_pending()? {
+            Pending::Frozen => {
+                self.get(container_id)?.cgroup.thaw()?;
+                return Ok(number(&process));
+            }
             Pending::Parked(mut launching) => {
                 launching.go()?;
                 launching
@@ -83,7 +87,7 @@ impl Containers {
             }
         };
         launching.running().await?;
-        Ok(process.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0))
+        Ok(number(&process))
     }
 
     fn launch_exec(
@@ -123,8 +127,12 @@ impl Containers {
     }
 }
 
+fn number(process: &Process) -> u32 {
+    process.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0)
+}
+
 /// The container's own process, if it is alive.
-fn running(container: &Container) -> Result<&Child, ContainerError> {
+pub(super) fn running(container: &Container) -> Result<&Child, ContainerError> {
     let child = container.init.child().filter(|_| !container.init.has_ended());
     child.ok_or_else(|| ContainerError::NotRunning(container.id.clone()))
 }

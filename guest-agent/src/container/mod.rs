@@ -7,7 +7,9 @@ mod capabilities;
 mod cgroup;
 mod create;
 mod exec;
+mod frozen;
 mod mounts;
+mod oom;
 mod passwd;
 mod plan;
 mod spec;
@@ -31,6 +33,8 @@ use crate::{
 };
 
 pub use cgroup::{Cgroup, CgroupError};
+pub use frozen::Adoption;
+pub use passwd::open_inside;
 pub use plan::PlanError;
 pub use spec::Process as ProcessSpec;
 

@@ -10,7 +10,7 @@ use super::{
     plan::{PlanError, cstring},
     spec::{Linux, Mount},
 };
-use crate::sys::Op;
+use crate::sys::{MOUNT_ATTRIBUTES, Op};
 
 /// Sets or clears a mount flag.
 const FLAGS: &[(&str, libc::c_ulong, bool)] = &[
@@ -156,7 +156,7 @@ fn public(steps: &mut MountSteps, slots: &mut usize) -> Result<(), PlanError> {
     *slots += 1;
     steps.outside.push(Op::TakeTree { path: cstring("mount source", PUBLIC_DIR)?, slot });
     steps.inside.push(Op::Dir(target.clone()));
-    steps.inside.push(Op::Attach { slot, target, read_only: true });
+    steps.inside.push(Op::Attach { slot, target, attributes: attributes(libc::MS_RDONLY) });
     Ok(())
 }
 
@@ -182,9 +182,13 @@ fn bind(mount: &Mount, steps: &mut MountSteps, slots: &mut usize) -> Result<(), 
     if !is_dir {
         steps.inside.push(Op::File(target.clone()));
     }
-    let read_only = options(mount).0 & libc::MS_RDONLY != 0;
-    steps.inside.push(Op::Attach { slot, target, read_only });
+    steps.inside.push(Op::Attach { slot, target, attributes: attributes(options(mount).0) });
     Ok(())
+}
+
+/// Of a bind, whose file system has flags of its own.
+fn attributes(flags: libc::c_ulong) -> u64 {
+    MOUNT_ATTRIBUTES.iter().filter(|(flag, _)| flags & flag != 0).map(|(_, attribute)| attribute).sum()
 }
 
 /// Flags, and what the file system itself is to make of the rest.

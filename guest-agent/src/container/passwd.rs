@@ -18,8 +18,13 @@ const MAX_LENGTH: u64 = 1 << 20;
 /// Opens a file below `root` without ever leaving it.
 pub fn open_inside(root: &Path, path: &str, flags: OFlag) -> nix::Result<File> {
     let root = open(root, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    // openat2(2) takes no flag with O_PATH that would mean nothing.
+    let careful = match flags.contains(OFlag::O_PATH) {
+        true => OFlag::O_CLOEXEC,
+        false => OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY,
+    };
     let how = OpenHow::new()
-        .flags(flags | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY)
+        .flags(flags | careful)
         .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
     openat2(root.as_fd(), path, how).map(File::from)
 }

@@ -10,7 +10,7 @@ use ttrpc::Code;
 
 use super::{
     capabilities, mounts,
-    spec::{Process, Rlimit, Spec},
+    spec::{Linux, Mount, Process, Rlimit, Spec},
 };
 use crate::{
     error::Coded,
@@ -138,7 +138,7 @@ pub fn init(spec: &Spec, setting: &Setting<'_>, start: BorrowedFd<'_>) -> Result
     }
     ops.extend(process(&spec.process, setting)?);
     ops.push(Op::Park { start: start.as_raw_fd() });
-    Ok(Plan { ops, slots, program })
+    Ok(Plan { ops, slots, program: Some(program) })
 }
 
 /// A further process in the namespaces of the one behind `pidfd`.
@@ -151,7 +151,32 @@ pub fn exec(spec: &Process, setting: &Setting<'_>, pidfd: &Pidfd) -> Result<Plan
     let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC | libc::CLONE_NEWCGROUP;
     let mut ops = vec![Op::Join { pidfd: pidfd.as_fd().as_raw_fd(), namespaces }];
     ops.extend(process(spec, setting)?);
-    Ok(Plan { ops, slots: 0, program })
+    Ok(Plan { ops, slots: 0, program: Some(program) })
+}
+
+/// What a container gets that was made for nobody in particular: a name, and what is bound below mounts of the guest's.
+///
+/// # Errors
+/// For what cannot be done, by name.
+pub fn adoption(
+    hostname: &str,
+    domainname: &str,
+    mounts: &[Mount],
+    linux: &Linux,
+    pidfd: &Pidfd,
+) -> Result<Plan, PlanError> {
+    use std::os::fd::AsFd as _;
+    let mut slots = 0;
+    let mounts = mounts::steps(mounts, linux, false, &mut slots)?;
+    // Its trees are taken where the share is.
+    let mut ops = mounts.outside;
+    ops.push(Op::Join { pidfd: pidfd.as_fd().as_raw_fd(), namespaces: libc::CLONE_NEWNS | libc::CLONE_NEWUTS });
+    ops.push(Op::HostName(cstring("host name", hostname)?));
+    if !domainname.is_empty() {
+        ops.push(Op::DomainName(cstring("domain name", domainname)?));
+    }
+    ops.extend(mounts.inside);
+    Ok(Plan { ops, slots, program: None })
 }
 
 /// The steps every process has in common.

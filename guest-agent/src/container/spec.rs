@@ -161,6 +161,8 @@ pub struct Cpu {
     pub shares: Option<u64>,
     pub quota: Option<i64>,
     pub period: Option<u64>,
+    pub burst: Option<u64>,
+    pub idle: Option<i64>,
 }
 
 #[derive(Debug, Default, Deserialize)]

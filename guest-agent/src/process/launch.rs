@@ -100,7 +100,8 @@ impl Launching {
         };
         reaper.adopt(process, clone).map_err(LaunchError::Clone)?;
         let steps = plan.ops.iter().map(ToString::to_string).collect();
-        let program = plan.program.args.first().map(|a| a.to_string_lossy().into_owned()).unwrap_or_default();
+        let name = plan.program.as_ref().and_then(|program| program.args.first());
+        let program = name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         Ok(Self { report, start, steps, program })
     }
 

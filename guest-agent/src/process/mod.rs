@@ -30,7 +30,8 @@ pub struct Exit {
     pub status: u32,
     /// Wall clock.
     pub at_ns: i64,
-    pub oom_killed: bool,
+    /// Processes of its container that the OOM killer ended.
+    pub oom_kills: u64,
 }
 
 /// What is left to do before the program runs.
@@ -40,6 +41,8 @@ pub enum Pending {
     Parked(Launching),
     /// There is no child yet.
     Exec(Box<ExecPlan>),
+    /// It ran in a template, and stands still.
+    Frozen,
 }
 
 /// All that an exec is started with.
@@ -159,6 +162,26 @@ impl Process {
         seen.ok().and_then(|exit| *exit).ok_or(ProcessError::Ended)
     }
 
+    /// Waits for the OOM killer to have ended more than `known` processes of the container, or for this process's end.
+    pub async fn wait_oom(&self, known: u64) -> u64 {
+        let more = async {
+            // Without the file there is no limit that could be reached.
+            let Ok(kills) = self.cgroup.watch_oom_kills() else { return std::future::pending().await };
+            loop {
+                match kills.next().await {
+                    Ok(count) if count > known => return,
+                    Ok(_) => {}
+                    Err(_) => return std::future::pending().await,
+                }
+            }
+        };
+        tokio::select! {
+            () = more => {}
+            _ = self.wait() => {}
+        }
+        self.cgroup.oom_kills()
+    }
+
     /// Sends a signal to this process alone.
     ///
     /// # Errors
@@ -197,8 +220,8 @@ impl Process {
 
     /// The reaper's news.
     fn ended(&self, status: u32) {
-        let oom_killed = self.cgroup.oom_kills() > self.oom_before;
-        let exit = Exit { status, at_ns: crate::clock::wall_ns(), oom_killed };
+        let oom_kills = self.cgroup.oom_kills().saturating_sub(self.oom_before);
+        let exit = Exit { status, at_ns: crate::clock::wall_ns(), oom_kills };
         self.exit.send_replace(Some(exit));
     }
 }

@@ -3,6 +3,7 @@
 //! A stream is pulled: nothing is read from its descriptor before the shim asks, so the kernel's own buffers are all
 //! there is, and a reader that waits can be dropped at any time without losing a byte.
 
+mod error;
 mod tcp;
 
 use std::{
@@ -28,16 +29,13 @@ use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::watch,
 };
-use ttrpc::Code;
 
 use chsnap_protocol::MAX_CHUNK;
 
-use crate::{
-    error::{Coded, code_of},
-    sys,
-};
+use crate::sys;
 
-pub use tcp::ConnectError;
+pub use error::StreamError;
+pub use tcp::{ConnectError, probe};
 
 /// Far above what one pod needs; bounds what the agent holds.
 const MAX_STREAMS: usize = 8192;
@@ -165,43 +163,6 @@ struct Stream {
     session_bound: bool,
 }
 
-/// Why a stream did not do as asked.
-#[derive(Debug, thiserror::Error)]
-pub enum StreamError {
-    #[error("no stream {0}")]
-    NotFound(u64),
-    #[error("stream {0} cannot be read")]
-    NotReadable(u64),
-    #[error("stream {0} cannot be written (any more)")]
-    NotWritable(u64),
-    #[error("stream {0} has been closed")]
-    Closed(u64),
-    #[error("a chunk must have 1 to {MAX_CHUNK} bytes, not {0}")]
-    BadSize(usize),
-    #[error("the reader of stream {0} has gone")]
-    ReaderGone(u64),
-    #[error("too many streams ({MAX_STREAMS} are open); close some")]
-    TooMany,
-    #[error("stream {0}")]
-    Io(u64, #[source] io::Error),
-}
-
-impl Coded for StreamError {
-    fn code(&self) -> Code {
-        match self {
-            Self::NotFound(_) => Code::NOT_FOUND,
-            Self::NotReadable(_) | Self::NotWritable(_) | Self::ReaderGone(_) => Code::FAILED_PRECONDITION,
-            Self::Closed(_) => Code::CANCELLED,
-            Self::BadSize(_) => Code::INVALID_ARGUMENT,
-            Self::TooMany => Code::RESOURCE_EXHAUSTED,
-            Self::Io(_, e) => match e.kind() {
-                io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted => Code::ABORTED,
-                _ => code_of(e),
-            },
-        }
-    }
-}
-
 /// All streams by number. Numbers are never used again.
 #[derive(Debug, Default)]
 pub struct Streams {
@@ -324,6 +285,25 @@ impl Streams {
         if let Some(stream) = stream {
             stream.closed.send_replace(true);
         }
+    }
+
+    /// Reads to the end for nobody, so that whoever writes need not wait.
+    pub fn drain(&self, id: u64) -> impl Future<Output = ()> + Send + use<> {
+        let channel = self.get(id).ok().and_then(|stream| stream.reader.clone());
+        async move {
+            let Some(channel) = channel else { return };
+            while channel.read(64 << 10).await.is_ok_and(|data| !data.is_empty()) {}
+        }
+    }
+
+    /// Whether whoever writes to the stream has to wait for a reader.
+    pub fn is_full(&self, id: u64) -> bool {
+        let Ok(stream) = self.get(id) else { return false };
+        let Some(channel) = stream.reader.as_ref().filter(|channel| channel.kind == Kind::Pipe) else { return false };
+        let size = fcntl(channel.fd.get_ref(), FcntlArg::F_GETPIPE_SZ).ok().and_then(|size| usize::try_from(size).ok());
+        let held = sys::bytes_available(channel.fd.as_fd()).ok();
+        // What does not fit into the last page has to wait.
+        held.zip(size).is_some_and(|(held, size)| held + libc::PIPE_BUF > size)
     }
 
     /// Forgets what belongs to a session that has ended.

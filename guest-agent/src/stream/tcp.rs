@@ -45,6 +45,36 @@ impl Coded for ConnectError {
     }
 }
 
+/// A connection of the agent's own.
+#[derive(Debug)]
+pub struct Probe(Channel);
+
+/// Connects to a port on the guest's loopback, for nobody but the agent.
+///
+/// # Errors
+/// See [`ConnectError`].
+pub async fn probe(port: u16) -> Result<Probe, ConnectError> {
+    connect(port).await.map(Probe)
+}
+
+impl Probe {
+    /// Sends all of it.
+    ///
+    /// # Errors
+    /// If the other side hangs up.
+    pub async fn send(&self, data: &[u8]) -> io::Result<()> {
+        self.0.write(data).await
+    }
+
+    /// At least one byte, or none at the end.
+    ///
+    /// # Errors
+    /// If the connection breaks.
+    pub async fn receive(&self, max: usize) -> io::Result<Vec<u8>> {
+        self.0.read(max).await
+    }
+}
+
 /// IPv4 first, then IPv6.
 pub(super) async fn connect(port: u16) -> Result<Channel, ConnectError> {
     let [a, b, c, d] = Ipv4Addr::LOCALHOST.octets();

@@ -10,9 +10,9 @@ use std::{
 use libc::{c_char, c_int, c_long, c_uint};
 
 use super::{
-    op::{Op, Plan},
+    op::{Op, Plan, Program},
     steps::{
-        AT_RECURSIVE, OPEN_TREE_CLONE, attach, drop_bounding, enter, mask, read_only, set_capabilities, set_read_only,
+        AT_RECURSIVE, OPEN_TREE_CLONE, attach, drop_bounding, enter, mask, read_only, set_attributes, set_capabilities,
         stdio, terminal, write,
     },
 };
@@ -101,7 +101,8 @@ pub(super) fn run(mut context: Context<'_>) -> ! {
             exit(125);
         }
     }
-    let errno = exec(&context);
+    let Some(program) = &plan.program else { exit(0) };
+    let errno = exec(program, &context);
     report(context.report, Report::Failed { step: plan.ops.len(), errno });
     exit(if errno == libc::ENOENT { 127 } else { 126 })
 }
@@ -148,9 +149,9 @@ fn close_others(keep: &[RawFd]) {
 }
 
 /// Tries the candidates as execvp does: one that is missing or not allowed does not end the search.
-fn exec(context: &Context<'_>) -> c_int {
+fn exec(program: &Program, context: &Context<'_>) -> c_int {
     let mut verdict = libc::ENOENT;
-    for path in &context.plan.program.candidates {
+    for path in &program.candidates {
         // SAFETY: the arrays end with NULL and their strings live in the plan.
         unsafe { libc::execve(path.as_ptr(), context.argv.as_ptr(), context.envp.as_ptr()) };
         match errno() {
@@ -193,11 +194,11 @@ fn carry_out(op: &Op, context: &mut Context<'_>) -> Step {
                 check(libc::chroot(c".".as_ptr()))?;
                 check(libc::close(tree))?
             }
-            Op::Attach { slot, target, read_only } => {
+            Op::Attach { slot, target, attributes } => {
                 let tree = *context.slots.get(*slot).ok_or(libc::EINVAL)?;
                 attach(tree, target)?;
-                if *read_only {
-                    set_read_only(target, AT_RECURSIVE)?;
+                if *attributes != 0 {
+                    set_attributes(target, AT_RECURSIVE, *attributes)?;
                 }
                 check(libc::close(tree))?
             }

@@ -43,8 +43,8 @@ fn pointers(strings: &[CString]) -> Vec<*const c_char> {
 /// # Errors
 /// If the kernel refuses the clone.
 pub fn spawn(plan: &Plan, namespaces: Namespaces, cgroup: BorrowedFd<'_>, report: BorrowedFd<'_>) -> io::Result<Child> {
-    let argv = pointers(&plan.program.args);
-    let envp = pointers(&plan.program.env);
+    let (args, env) = plan.program.as_ref().map(|program| (&*program.args, &*program.env)).unwrap_or_default();
+    let (argv, envp) = (pointers(args), pointers(env));
     let mut slots = vec![-1; plan.slots];
     let mut keep: Vec<RawFd> = plan.descriptors().chain([report.as_raw_fd()]).collect();
     keep.sort_unstable();

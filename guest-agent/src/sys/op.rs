@@ -13,7 +13,8 @@ pub struct Plan {
     pub ops: Vec<Op>,
     /// How many slots the steps use for mounts that are attached later.
     pub slots: usize,
-    pub program: Program,
+    /// None: the child ends when the steps are done.
+    pub program: Option<Program>,
 }
 
 impl Plan {
@@ -75,11 +76,11 @@ pub enum Op {
     EnterRoot {
         slot: usize,
     },
-    /// Mounts the tree in `slot`; makes it read-only if asked.
+    /// Mounts the tree in `slot`, all of it with these attributes, of [`MOUNT_ATTRIBUTES`].
     Attach {
         slot: usize,
         target: CString,
-        read_only: bool,
+        attributes: u64,
     },
     /// A directory that may exist already.
     Dir(CString),

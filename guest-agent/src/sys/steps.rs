@@ -15,6 +15,10 @@ pub(super) const AT_RECURSIVE: c_uint = 0x8000;
 const MOVE_MOUNT_F_EMPTY_PATH: c_uint = 4;
 const MOUNT_ATTR_RDONLY: u64 = 1;
 
+/// mount(2)'s flags that a mount can have beside its file system's, and those of mount_setattr(2).
+pub const MOUNT_ATTRIBUTES: [(libc::c_ulong, u64); 4] =
+    [(libc::MS_RDONLY, MOUNT_ATTR_RDONLY), (libc::MS_NOSUID, 2), (libc::MS_NODEV, 4), (libc::MS_NOEXEC, 8)];
+
 #[repr(C)]
 struct MountAttr {
     set: u64,
@@ -38,8 +42,8 @@ pub(super) fn attach(tree: RawFd, target: &CStr) -> Step {
     check(result).map(drop)
 }
 
-pub(super) fn set_read_only(path: &CStr, flags: c_uint) -> Step {
-    let attr = MountAttr { set: MOUNT_ATTR_RDONLY, clear: 0, propagation: 0, userns_fd: 0 };
+pub(super) fn set_attributes(path: &CStr, flags: c_uint, set: u64) -> Step {
+    let attr = MountAttr { set, clear: 0, propagation: 0, userns_fd: 0 };
     // SAFETY: the structure is the kernel's mount_attr, of the size passed.
     let result = unsafe {
         libc::syscall(
@@ -83,9 +87,9 @@ pub(super) fn read_only(path: &CStr) -> Step {
     if path != c"/" {
         // SAFETY: the string is NUL-terminated.
         check(unsafe { libc::mount(path.as_ptr(), path.as_ptr(), null(), libc::MS_BIND | libc::MS_REC, null()) })?;
-        return set_read_only(path, AT_RECURSIVE);
+        return set_attributes(path, AT_RECURSIVE, MOUNT_ATTR_RDONLY);
     }
-    set_read_only(path, 0)
+    set_attributes(path, 0, MOUNT_ATTR_RDONLY)
 }
 
 pub(super) fn write(path: &CStr, data: &[u8]) -> Step {
