@@ -19,6 +19,7 @@ use nix::{
 use thiserror::Error;
 
 use super::options;
+use crate::sys;
 
 /// A file or directory of the host in the container.
 #[derive(Debug, Clone)]
@@ -81,6 +82,10 @@ impl Bind {
             let target = open_in_root(root, &self.destination, OFlag::O_PATH, Mode::empty()).map_err(failed)?;
             let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | rest;
             mount(None::<&str>, &proc_path(&target), None::<&str>, flags, None::<&str>).map_err(failed)?;
+        }
+        if !parsed.recursive.is_empty() {
+            let tree = open_in_root(root, &self.destination, OFlag::O_PATH, Mode::empty()).map_err(failed)?;
+            sys::restrict_tree(&tree, parsed.recursive).map_err(failed)?;
         }
         Ok(())
     }

@@ -19,11 +19,17 @@ use nix::{
 use thiserror::Error;
 
 mod bind;
+mod clone;
+mod graft;
 mod options;
+mod overlay;
 mod virtiofsd;
 
 pub use bind::{Bind, BindError};
-pub use options::{MountError, RootMount};
+pub use clone::CloneRoot;
+pub use graft::GraftError;
+pub use options::{MountError, RootMount, for_guest, is_read_only, unknown_of_bind, words_of_bind};
+pub use overlay::Overlay;
 pub use virtiofsd::{Ended, Program as VirtiofsdProgram, Virtiofsd, VirtiofsdError, find as find_virtiofsd};
 
 /// Preparing the share failed.
@@ -88,6 +94,15 @@ pub fn enter_private_mounts() -> nix::Result<()> {
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>)
 }
 
+/// A place in the root that the guest mounts over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mountpoint {
+    /// In the container.
+    pub path: PathBuf,
+    /// Else it is a file.
+    pub is_dir: bool,
+}
+
 /// What is bound into a container's root, by places that [`Assembly::resolve`] has answered.
 #[derive(Debug, Clone, Copy)]
 pub struct Content<'a> {
@@ -95,8 +110,8 @@ pub struct Content<'a> {
     pub binds: &'a [Bind],
     /// Bound beside the root, for the guest to bind further; destinations are relative.
     pub staged: &'a [Bind],
-    /// Directories that the root must have.
-    pub mountpoints: &'a [PathBuf],
+    /// What the root must have.
+    pub mountpoints: &'a [Mountpoint],
     /// Closes the root for writing.
     pub readonly: bool,
 }
@@ -119,6 +134,7 @@ pub struct Share {
 pub struct Assembly<'a> {
     share: &'a Share,
     container: &'a str,
+    home: &'a str,
 }
 
 impl Share {
@@ -141,12 +157,18 @@ impl Share {
         &self.dir
     }
 
-    /// Mounts a container's root from containerd's mounts, not yet where the guest would see it. One at a time.
+    /// Mounts a container's root from containerd's mounts, not yet where the guest would see it: in the directory `home`.
+    /// One at a time.
     ///
     /// # Errors
     /// Where a mount fails.
-    pub fn assemble<'a>(&'a self, container: &'a str, mounts: &[RootMount]) -> Result<Assembly<'a>, ShareError> {
-        let assembly = Assembly { share: self, container };
+    pub fn assemble<'a>(
+        &'a self,
+        container: &'a str,
+        home: &'a str,
+        mounts: &[RootMount],
+    ) -> Result<Assembly<'a>, ShareError> {
+        let assembly = Assembly { share: self, container, home };
         let root = assembly.root();
         fs::create_dir_all(&root).map_err(|source| ShareError::Create { path: root.clone(), source })?;
         for m in mounts {
@@ -155,10 +177,10 @@ impl Share {
         Ok(assembly)
     }
 
-    /// Unmounts what belongs to a container. The guest's writes are on the host already: the share has no
-    /// write-back cache.
-    pub fn remove_container(&self, container: &str) {
-        take_apart(&self.dir.join(container));
+    /// Unmounts what belongs to the container in the directory `home`. The guest's writes are on the host already: the
+    /// share has no write-back cache.
+    pub fn remove_container(&self, home: &str) {
+        take_apart(&self.dir.join(home));
     }
 }
 
@@ -187,7 +209,7 @@ impl Assembly<'_> {
     pub fn publish(self, content: &Content<'_>) -> Result<(), ShareError> {
         let root = self.root();
         for place in content.mountpoints {
-            bind::make_mountpoint(&root, place, true).map_err(|e| self.failed(e))?;
+            bind::make_mountpoint(&root, &place.path, place.is_dir).map_err(|e| self.failed(e))?;
         }
         for b in content.binds {
             b.mount(&root).map_err(|e| self.failed(e))?;
@@ -201,14 +223,14 @@ impl Assembly<'_> {
         let staged = content.staged.iter().map(|b| b.destination.as_path());
         let moved = staged.chain([Path::new(ROOT)]).try_for_each(|name| self.move_in(name));
         if moved.is_err() {
-            self.share.remove_container(self.container);
+            self.share.remove_container(self.home);
         }
         moved
     }
 
     /// A mount that is moved is received with its flags and with everything mounted below it.
     fn move_in(&self, name: &Path) -> Result<(), ShareError> {
-        let home = self.share.dir.join(self.container);
+        let home = self.share.dir.join(self.home);
         let from = self.share.workshop.join(name);
         let is_dir = fs::metadata(&from).is_ok_and(|m| m.is_dir());
         let created = |source| ShareError::Create { path: home.clone(), source };

@@ -90,9 +90,18 @@ const FLAGS: &[(&str, MsFlags, bool)] = &[
     ("relatime", MsFlags::MS_RELATIME, false),
     ("norelatime", MsFlags::MS_RELATIME, true),
     ("strictatime", MsFlags::MS_STRICTATIME, false),
+    ("nostrictatime", MsFlags::MS_STRICTATIME, true),
     ("bind", MsFlags::MS_BIND, false),
     ("rbind", MsFlags::MS_BIND.union(MsFlags::MS_REC), false),
     ("defaults", MsFlags::empty(), false),
+];
+
+/// Words for a bind and everything mounted below it, for which mount(2) has no flags.
+const RECURSIVE: &[(&str, MsFlags)] = &[
+    ("rro", MsFlags::MS_RDONLY),
+    ("rnosuid", MsFlags::MS_NOSUID),
+    ("rnodev", MsFlags::MS_NODEV),
+    ("rnoexec", MsFlags::MS_NOEXEC),
 ];
 
 /// Words for propagation, set by a call of their own.
@@ -112,6 +121,8 @@ const PROPAGATION: &[(&str, MsFlags)] = &[
 pub(super) struct Parsed {
     /// For the mount itself.
     pub flags: MsFlags,
+    /// For what is mounted below it as well.
+    pub recursive: MsFlags,
     /// Other words, for the file system.
     pub data: Vec<String>,
 }
@@ -119,15 +130,48 @@ pub(super) struct Parsed {
 /// Sorts `options`. Propagation words are dropped: the share is a slave of the host, and the guest's own mounts
 /// never go back.
 pub(super) fn parse<'a>(options: impl IntoIterator<Item = &'a String>) -> Parsed {
-    let mut parsed = Parsed { flags: MsFlags::empty(), data: Vec::new() };
+    let mut parsed = Parsed { flags: MsFlags::empty(), recursive: MsFlags::empty(), data: Vec::new() };
     for word in options {
         if let Some((_, flag, clears)) = FLAGS.iter().find(|(name, ..)| name == word) {
             parsed.flags.set(*flag, !clears);
+        } else if let Some((_, flag)) = RECURSIVE.iter().find(|(name, _)| name == word) {
+            parsed.flags |= *flag;
+            parsed.recursive |= *flag;
         } else if !PROPAGATION.iter().any(|(name, _)| name == word) {
             parsed.data.push(word.clone());
         }
     }
     parsed
+}
+
+/// What mount(2) would not take for a bind, and ignores: `readonly` for `ro` would leave it open.
+#[must_use]
+pub fn unknown_of_bind(options: &[String]) -> Option<&String> {
+    let shares = |word: &&String| matches!(word.as_str(), "shared" | "rshared");
+    options.iter().find(shares).or_else(|| {
+        let unknown = parse(options).data;
+        options.iter().find(|word| unknown.contains(word))
+    })
+}
+
+/// All options that a bind can have here.
+pub fn words_of_bind() -> impl Iterator<Item = &'static str> {
+    let flags = FLAGS.iter().map(|(word, ..)| *word).chain(RECURSIVE.iter().map(|(word, _)| *word));
+    flags.chain(PROPAGATION.iter().map(|(word, _)| *word)).filter(|word| !matches!(*word, "shared" | "rshared"))
+}
+
+/// What of a bind's options the share cannot carry to the guest, which has to see to them itself, as words for it.
+#[must_use]
+pub fn for_guest(options: &[String]) -> Vec<&'static str> {
+    let flags = parse(options).flags;
+    let words = [(MsFlags::MS_NOSUID, "nosuid"), (MsFlags::MS_NODEV, "nodev"), (MsFlags::MS_NOEXEC, "noexec")];
+    words.into_iter().filter(|(flag, _)| flags.contains(*flag)).map(|(_, word)| word).collect()
+}
+
+/// Whether a bind is closed for writing.
+#[must_use]
+pub fn is_read_only(options: &[String]) -> bool {
+    parse(options).flags.contains(MsFlags::MS_RDONLY)
 }
 
 impl RootMount {
@@ -136,7 +180,7 @@ impl RootMount {
     /// # Errors
     /// See [`MountError`].
     pub fn mount(&self, target: &Path) -> Result<(), MountError> {
-        let Parsed { mut flags, data } = parse(&self.options);
+        let Parsed { mut flags, data, .. } = parse(&self.options);
         if let Some(option) = data.iter().find(|o| *o == "loop") {
             return Err(MountError::Unsupported {
                 option: option.clone(),
@@ -226,6 +270,23 @@ mod tests {
         let parsed = parse(&strings(&["rbind", "ro", "rprivate", "size=64k", "nosuid", "suid"]));
         assert_eq!(parsed.flags, MsFlags::MS_BIND | MsFlags::MS_REC | MsFlags::MS_RDONLY);
         assert_eq!(parsed.data, ["size=64k"]);
+        let parsed = parse(&strings(&["rbind", "rro", "noexec"]));
+        assert_eq!(parsed.recursive, MsFlags::MS_RDONLY);
+        assert_eq!(parsed.flags, MsFlags::MS_BIND | MsFlags::MS_REC | MsFlags::MS_RDONLY | MsFlags::MS_NOEXEC);
+    }
+
+    #[test]
+    fn what_a_bind_does_not_have_is_named() {
+        let unknown = |words: &[&str]| unknown_of_bind(&strings(words)).cloned();
+        assert_eq!(unknown(&["rbind", "rprivate", "rro", "nosuid", "relatime", "nostrictatime"]), None);
+        assert_eq!(unknown(&["rbind", "readonly"]).as_deref(), Some("readonly"));
+        assert_eq!(unknown(&["bind", "rshared"]).as_deref(), Some("rshared"));
+    }
+
+    #[test]
+    fn the_guest_sees_to_what_the_share_does_not_carry() {
+        assert_eq!(for_guest(&strings(&["rbind", "ro", "nosuid", "rnoexec", "suid"])), ["noexec"]);
+        assert!(is_read_only(&strings(&["rro"])) && !is_read_only(&strings(&["ro", "rw"])));
     }
 
     #[test]
