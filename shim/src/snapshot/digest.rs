@@ -12,6 +12,11 @@ use sha2::{Digest, Sha256};
 /// Blocks of nothing but zeros are left out.
 const BLOCK: u64 = 64 << 10;
 
+/// SHA-256.
+pub fn of_bytes(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
 /// SHA-256 of the file's length and of each block that is not all zeros, with its place.
 pub fn of_file(path: &Path) -> io::Result<String> {
     let file = File::open(path)?;

@@ -50,7 +50,7 @@ pub enum FindError {
         source: io::Error,
     },
     /// It is not what its manifest says.
-    #[error("the snapshot {} does not fit its manifest: {what}; it is built anew once `chsnap snapshot rm {}` removed it", key.short(), key.short())]
+    #[error("the snapshot {} does not fit its manifest: {what}; the next that is built takes its place, or `chsnap snapshot rm {}` removes it", key.short(), key.short())]
     Spoilt {
         /// Which.
         key: Key,
@@ -81,6 +81,28 @@ pub enum BuildError {
         bytes: u64,
         /// Of all snapshots.
         budget: u64,
+    },
+    /// All others are in use.
+    #[error(
+        "the snapshot has {bytes} bytes, those in use have {in_use}, and the store's budget is {budget}: raise [snapshot] budget"
+    )]
+    Full {
+        /// On the disk.
+        bytes: u64,
+        /// Of those that stay.
+        in_use: u64,
+        /// Of all snapshots.
+        budget: u64,
+    },
+    /// Of a process that writes more than somebody thought reasonable.
+    #[error(
+        "the process wrote {bytes} bytes to its root file system before it was ready, and [snapshot] root_limit is {limit}"
+    )]
+    RootTooLarge {
+        /// On the disk.
+        bytes: u64,
+        /// What may be.
+        limit: u64,
     },
     /// What was saved cannot be kept.
     #[error(

@@ -47,6 +47,15 @@ impl Store {
         Ok(())
     }
 
+    /// Has it out of the way, and removed once nobody uses it any more; there may be none.
+    pub(super) fn displace(&self, key: &Key) -> io::Result<()> {
+        match self.set_aside(&self.root.join(key.as_str()), key) {
+            Ok(old) => self.sweep_one(&old),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Renames it to where nobody looks for it. One of the same key may be on its way out there, if it was built again
     /// meanwhile.
     fn set_aside(&self, dir: &Path, key: &Key) -> io::Result<PathBuf> {
@@ -100,7 +109,10 @@ impl Store {
     }
 
     /// Removes what processes left that were killed.
-    fn sweep(&self) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// Where something cannot be removed.
+    pub fn sweep(&self) -> io::Result<()> {
         for entry in fs::read_dir(&self.root)? {
             let entry = entry?;
             let name = entry.file_name();

@@ -10,7 +10,7 @@ use nix::sys::utsname::uname;
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
-use super::{Footing, Inputs, Kind, VmmBuild, digest::hex};
+use super::{Footing, Inputs, Kind, Process, VmmBuild, digest::hex};
 use crate::{
     config::{Config, Shape},
     program::{Scout, version_in},
@@ -80,6 +80,14 @@ impl Machine<'_> {
             cpu,
             chsnap: env!("CARGO_PKG_VERSION").into(),
         })
+    }
+
+    /// Everything that a snapshot of `process` for it has to match.
+    ///
+    /// # Errors
+    /// See [`InputsError`].
+    pub async fn image(&self, rung: Rung, process: Process, scout: &mut Scout) -> Result<Inputs, InputsError> {
+        Ok(Inputs { kind: Kind::Image, process: Some(process), ..self.base(rung, scout).await? })
     }
 
     /// What decides on which rung snapshots of it work.

@@ -1,16 +1,21 @@
 //! What has to match for a snapshot to be used. A key is the digest of all of it, so that a change of any one input
 //! leads to another key, and a snapshot that does not fit is never found.
 
-use std::{collections::BTreeMap, fmt, str::FromStr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    str::FromStr,
+};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::digest::hex;
 use crate::vmm::{Accelerator, Rung, VmmKind};
 
 /// Raised when what a snapshot consists of changes.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// Hexadecimal digits.
 const LENGTH: usize = 64;
 
@@ -145,6 +150,10 @@ pub struct Process {
     pub env: BTreeMap<String, String>,
     /// When it is ready.
     pub ready: String,
+    /// Its streams.
+    pub streams: String,
+    /// Digest of the whole specification, without what differs from pod to pod.
+    pub rest: String,
 }
 
 impl Inputs {
@@ -154,6 +163,26 @@ impl Inputs {
         // The order of fields is the structs', that of maps is sorted; nothing in it fails to serialize.
         let text = serde_json::to_vec(&(FORMAT, self)).unwrap_or_default();
         Key(hex(&Sha256::digest(text)))
+    }
+
+    /// The names of those that are not the same in `other`.
+    #[must_use]
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        let leaves = |inputs: &Self| match serde_json::to_value(inputs) {
+            Ok(Value::Object(fields)) => fields.into_iter().flat_map(leaves_of).collect::<BTreeMap<_, _>>(),
+            _ => BTreeMap::new(),
+        };
+        let (ours, theirs) = (leaves(self), leaves(other));
+        let names: BTreeSet<_> = ours.keys().chain(theirs.keys()).collect();
+        names.into_iter().filter(|name| ours.get(*name) != theirs.get(*name)).cloned().collect()
+    }
+}
+
+/// Structures by their parts.
+fn leaves_of((name, value): (String, Value)) -> Vec<(String, Value)> {
+    match value {
+        Value::Object(parts) => parts.into_iter().map(|(part, value)| (format!("{name}.{part}"), value)).collect(),
+        value => vec![(name, value)],
     }
 }
 
@@ -171,6 +200,8 @@ pub mod tests {
                 user: "0:0".into(),
                 env: BTreeMap::from([("A".into(), "1".into())]),
                 ready: "notify".into(),
+                streams: "stdout".into(),
+                rest: "r".into(),
             }),
             vcpus: 1,
             memory_mib: 512,
@@ -198,7 +229,7 @@ pub mod tests {
         fn process(inputs: &mut Inputs) -> &mut Process {
             inputs.process.as_mut().unwrap()
         }
-        let changes: [Change; 23] = [
+        let changes: [Change; 25] = [
             |i| i.kind = Kind::Base,
             |i| i.process = None,
             |i| process(i).chain_id = "sha256:2".into(),
@@ -207,6 +238,8 @@ pub mod tests {
             |i| process(i).user = "1:0".into(),
             |i| process(i).env = BTreeMap::from([("A".into(), "2".into())]),
             |i| process(i).ready = "tcp://:80".into(),
+            |i| process(i).streams = "terminal".into(),
+            |i| process(i).rest = "s".into(),
             |i| i.vcpus = 2,
             |i| i.memory_mib = 513,
             |i| i.kernel = "l".into(),
@@ -238,6 +271,16 @@ pub mod tests {
         let fields = serde_json::to_value(inputs()).unwrap();
         let leaves = |value: &serde_json::Value| value.as_object().unwrap().len();
         assert_eq!(leaves(&fields) + leaves(&fields["vmm"]) + leaves(&fields["process"]) - 1, count - 1);
+    }
+
+    #[test]
+    fn differences_are_told_by_name() {
+        let mut other = inputs();
+        other.vmm.version = "10.0.3".into();
+        other.cpu = "other".into();
+        other.process.as_mut().unwrap().env.clear();
+        assert_eq!(inputs().differences(&other), ["cpu", "process.env", "vmm.version"]);
+        assert_eq!(inputs().differences(&inputs()), [""; 0]);
     }
 
     #[test]

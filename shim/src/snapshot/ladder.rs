@@ -45,6 +45,9 @@ pub struct Outcome {
     pub refusals: Vec<Refusal>,
     /// RFC 3339, in UTC.
     pub found_at: String,
+    /// One of the refusals was none but silence, of a host that had other things to do perhaps: it is believed for a while.
+    #[serde(default)]
+    pub until: Option<u64>,
 }
 
 /// A template that could not be built, for reasons that have nothing to do with rungs.
@@ -109,7 +112,8 @@ impl Ladder {
     /// What was found out on that footing.
     #[must_use]
     pub fn outcome(&self, on: &Footing) -> Option<&Outcome> {
-        self.findings.outcomes.iter().find(|outcome| outcome.on == *on)
+        let holds = |outcome: &&Outcome| outcome.until.is_none_or(|until| seconds() < until);
+        self.findings.outcomes.iter().find(|outcome| outcome.on == *on).filter(holds)
     }
 
     /// Why a template was not built, if that is too short ago to try it again.
@@ -119,11 +123,13 @@ impl Ladder {
         self.findings.failures.iter().find(|failure| failure.key == *key).filter(recent)
     }
 
-    /// Remembers where climbing has ended.
+    /// Remembers where climbing has ended; for a while only, where one of the refusals was that nothing was answered
+    /// in time.
     pub fn learn(&mut self, on: Footing, rung: Option<Rung>, refusals: Vec<Refusal>) {
+        let until = refusals.iter().any(|refusal| refusal.silent).then(|| seconds() + PATIENCE.as_secs());
         self.change(|findings| {
             findings.outcomes.retain(|outcome| outcome.on != on);
-            findings.outcomes.push(Outcome { on, rung, refusals, found_at: timestamp() });
+            findings.outcomes.push(Outcome { on, rung, refusals, found_at: timestamp(), until });
         });
     }
 
@@ -155,15 +161,15 @@ impl Ladder {
 
     /// On what is in the file by now: another builder may have written it.
     fn change(&mut self, change: impl FnOnce(&mut Findings)) {
+        let dir = self.path.parent().unwrap_or(Path::new("/"));
+        // Without a lock, what another builder writes at the same moment may be lost, and found out again.
+        let _lock = fs::create_dir_all(dir).and_then(|()| files::lock_dir(dir)).ok();
         self.findings = read(&self.path).unwrap_or_default();
         change(&mut self.findings);
         let Findings { outcomes, failures } = &mut self.findings;
         outcomes.drain(..outcomes.len().saturating_sub(MAX_ENTRIES));
         failures.drain(..failures.len().saturating_sub(MAX_ENTRIES));
-        let store = || {
-            fs::create_dir_all(self.path.parent().unwrap_or(Path::new("/")))?;
-            files::replace(&self.path, &serde_json::to_vec_pretty(&self.findings)?)
-        };
+        let store = || files::replace(&self.path, &serde_json::to_vec_pretty(&self.findings)?);
         if let Err(error) = store() {
             log::warn!("cannot remember in {:?} how snapshots work here: {error}", self.path);
         }
@@ -192,7 +198,7 @@ mod tests {
     #[test]
     fn an_outcome_holds_until_what_decides_it_changes() {
         let dir = tempfile::tempdir().unwrap();
-        let refusals = vec![Refusal { rung: Rung::Standard, why: "os error 22".into() }];
+        let refusals = vec![Refusal::new(Rung::Standard, "os error 22")];
         Ladder::load(dir.path()).learn(footing(), Some(Rung::NoPmu), refusals.clone());
         let known = Ladder::load(dir.path());
         let outcome = known.outcome(&footing()).unwrap();

@@ -55,6 +55,17 @@ pub struct Refusal {
     pub rung: Rung,
     /// The whole chain of the error.
     pub why: String,
+    /// That was that nothing was answered in time.
+    #[serde(default)]
+    pub silent: bool,
+}
+
+impl Refusal {
+    /// With a reason that would be the same a moment later.
+    #[must_use]
+    pub fn new(rung: Rung, why: impl Into<String>) -> Self {
+        Self { rung, why: why.into(), silent: false }
+    }
 }
 
 /// A file.
@@ -127,7 +138,12 @@ impl Manifest {
         let path = dir.join(MANIFEST);
         let spoilt = |what: String| FindError::Spoilt { key: key.clone(), what };
         let failed = |source| FindError::Io { path: path.clone(), source };
-        let meta = fs::symlink_metadata(&path).map_err(failed)?;
+        let meta = match fs::symlink_metadata(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(spoilt(format!("{MANIFEST} is missing")));
+            }
+            meta => meta.map_err(failed)?,
+        };
         if meta.len() > MAX_BYTES {
             return Err(spoilt(format!("{MANIFEST} has {} bytes", meta.len())));
         }

@@ -2,7 +2,7 @@
 //!
 //! `key` says what has to match for a snapshot to be used, `manifest` what one consists of, `store` keeps them and
 //! `evict` lets go of them. `host` is what a host puts into a key, and `ladder` remembers on which rung snapshots work
-//! there. Nothing here knows how a machine is saved: that is the `vmm` room's, and `template` has it done.
+//! there, `layers` which image a pod's directories are. Nothing here knows how a machine is saved: that is the `vmm` room's, and `template` has it done.
 
 mod digest;
 mod error;
@@ -10,6 +10,7 @@ mod evict;
 mod host;
 mod key;
 mod ladder;
+mod layers;
 mod manifest;
 mod store;
 #[cfg(test)]
@@ -18,13 +19,16 @@ mod tree;
 
 #[cfg(test)]
 pub(crate) use key::tests::inputs as tests_inputs;
+#[cfg(test)]
+pub(crate) use tree::take_stock as stock_of;
 
-pub(crate) use digest::of_file as digest_of;
+pub(crate) use digest::{of_bytes as digest_of_bytes, of_file as digest_of};
 pub use error::{BuildError, EvictError, FindError, ListError, OpenError};
 pub use evict::Evicted;
 pub use host::{InputsError, Machine};
 pub use key::{Inputs, Key, Kind, Process, VmmBuild};
 pub use ladder::{Failure, Footing, Ladder, Outcome};
+pub use layers::{Layers, nameless};
 pub use manifest::{Manifest, ROOT, Refusal};
 pub use store::{Building, Entry, InUse, Store};
 pub use tree::Tree;

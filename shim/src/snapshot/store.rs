@@ -26,7 +26,7 @@ use nix::{
 };
 
 use super::{BuildError, FindError, Inputs, Key, ListError, Manifest, OpenError, Refusal, manifest::take_stock};
-use crate::state::timestamp;
+use crate::{files, state::timestamp};
 
 pub(super) const NEW: &str = ".new-";
 pub(super) const OLD: &str = ".old-";
@@ -123,8 +123,7 @@ impl Store {
         let key = inputs.key();
         let dir = self.root.join(format!("{NEW}{key}"));
         let failed = |source| BuildError::Io { path: dir.clone(), source };
-        let exists = || self.root.join(key.as_str()).exists();
-        if exists() {
+        if self.is_fit(&key) {
             return Err(BuildError::Exists { key });
         }
         loop {
@@ -143,12 +142,25 @@ impl Store {
                 continue;
             }
             // Of a builder that was killed.
-            empty(&dir).map_err(failed)?;
+            files::empty(&dir).map_err(failed)?;
             let (root, budget) = (self.root.clone(), self.budget);
-            let building = Building { root, dir, inputs, budget, began: SystemTime::now(), lock: Some(lock) };
+            let began = SystemTime::now();
+            let building = Building { root, dir: dir.clone(), inputs, budget, began, lock: Some(lock) };
             // Published between the first look and the lock.
-            return if exists() { Err(BuildError::Exists { key }) } else { Ok(building) };
+            if self.is_fit(&key) {
+                return Err(BuildError::Exists { key });
+            }
+            self.displace(&key).map_err(failed)?;
+            return Ok(building);
         }
+    }
+
+    /// Whether there is one that can be used, or whose fitness cannot be told. One that is spoilt makes room for the
+    /// one that is built in its place: else every pod to come would do without.
+    fn is_fit(&self, key: &Key) -> bool {
+        let dir = self.root.join(key.as_str());
+        let checked = || Manifest::read(&dir, key)?.check(&dir, false);
+        dir.exists() && !matches!(checked(), Err(FindError::Spoilt { .. }))
     }
 
     /// All of them, the most recently used first.
@@ -165,7 +177,10 @@ impl Store {
             // It may have gone meanwhile.
             let Ok(used_at) = fs::metadata(&dir).and_then(|meta| meta.modified()) else { continue };
             let manifest = Manifest::read(&dir, &key);
-            let bytes = manifest.as_ref().map_or(0, |manifest| manifest.bytes(&dir));
+            if manifest.is_err() && !dir.exists() {
+                continue;
+            }
+            let bytes = manifest.as_ref().map_or_else(|_| files::disk_usage(&dir), |manifest| manifest.bytes(&dir));
             entries.push(Entry { key, manifest, bytes, used_at });
         }
         entries.sort_by(|a, b| b.used_at.cmp(&a.used_at).then_with(|| a.key.cmp(&b.key)));
@@ -218,16 +233,20 @@ impl Building {
     /// # Errors
     /// Where something cannot be removed.
     pub fn clear(&self) -> Result<(), BuildError> {
-        empty(&self.dir).map_err(|source| BuildError::Io { path: self.dir.clone(), source })
+        files::empty(&self.dir).map_err(|source| BuildError::Io { path: self.dir.clone(), source })
     }
 
-    /// Everything in the directory is the snapshot from now on, for everybody.
+    /// Everything in the directory is the snapshot from now on, for everybody. `root_limit` is what its root difference
+    /// may have, in bytes.
     ///
     /// # Errors
     /// Then nothing of it is left.
-    pub fn publish(mut self, refusals: Vec<Refusal>) -> Result<Key, BuildError> {
+    pub fn publish(mut self, refusals: Vec<Refusal>, root_limit: u64) -> Result<Key, BuildError> {
         let key = self.inputs.key();
         let (files, root) = take_stock(&self.dir)?;
+        if let Some(root) = root.as_ref().filter(|root| root.bytes > root_limit) {
+            return Err(BuildError::RootTooLarge { bytes: root.bytes, limit: root_limit });
+        }
         let now = SystemTime::now();
         let build_ms = now.duration_since(self.began).unwrap_or_default().as_millis().try_into().unwrap_or(u64::MAX);
         let inputs = self.inputs.clone();
@@ -237,6 +256,7 @@ impl Building {
         if bytes > self.budget {
             return Err(BuildError::TooLarge { bytes, budget: self.budget });
         }
+        self.make_room(bytes)?;
         let to = self.root.join(key.as_str());
         let failed = |path: &Path, source| BuildError::Io { path: path.into(), source };
         sync(&self.dir).map_err(|error| failed(&self.dir, error))?;
@@ -244,6 +264,18 @@ impl Building {
         self.lock = None;
         sync(&self.root).map_err(|error| failed(&self.root, error))?;
         Ok(key)
+    }
+
+    /// Else the newest would have to go again, where all others are in use, and the next pod would have it built anew.
+    fn make_room(&self, bytes: u64) -> Result<(), BuildError> {
+        let store = Store { root: self.root.clone(), budget: self.budget };
+        let failed = |error: ListError| BuildError::Io { path: error.path, source: error.source };
+        store.prune(self.budget.saturating_sub(bytes)).map_err(failed)?;
+        let in_use: u64 = store.list().map_err(failed)?.iter().map(|entry| entry.bytes).sum();
+        match in_use + bytes <= self.budget {
+            true => Ok(()),
+            false => Err(BuildError::Full { bytes, in_use, budget: self.budget }),
+        }
     }
 }
 
@@ -271,14 +303,6 @@ pub(super) fn lock(dir: &Path, how: FlockArg) -> io::Result<Option<Flock<File>>>
 pub(super) fn is_still(dir: &Path, lock: &File) -> bool {
     let of = |meta: fs::Metadata| (meta.dev(), meta.ino());
     matches!((fs::symlink_metadata(dir).map(of), lock.metadata().map(of)), (Ok(a), Ok(b)) if a == b)
-}
-
-fn empty(dir: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(dir)? {
-        let path = entry?.path();
-        if fs::symlink_metadata(&path)?.is_dir() { fs::remove_dir_all(&path)? } else { fs::remove_file(&path)? }
-    }
-    Ok(())
 }
 
 /// Puts a directory's entries on the disk.

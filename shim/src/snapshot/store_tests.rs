@@ -33,7 +33,7 @@ fn filled(store: &Store, inputs: Inputs) -> Building {
 }
 
 fn published(store: &Store, vcpus: u32) -> Key {
-    filled(store, of(vcpus)).publish(vec![]).unwrap()
+    filled(store, of(vcpus)).publish(vec![], u64::MAX).unwrap()
 }
 
 fn names(store: &Store) -> BTreeSet<String> {
@@ -53,8 +53,8 @@ fn a_snapshot_is_absent_until_it_is_published_and_then_complete() {
     let key = inputs().key();
     assert!(store.find(&key).unwrap().is_none());
     assert!(store.list().unwrap().is_empty());
-    let refusal = Refusal { rung: crate::vmm::Rung::Standard, why: "os error 22".into() };
-    assert_eq!(building.publish(vec![refusal.clone()]).unwrap(), key);
+    let refusal = Refusal::new(crate::vmm::Rung::Standard, "os error 22");
+    assert_eq!(building.publish(vec![refusal.clone()], u64::MAX).unwrap(), key);
 
     let found = store.find(&key).unwrap().unwrap();
     assert_eq!(fs::read(found.dir().join("memory")).unwrap(), MEMORY);
@@ -139,10 +139,11 @@ fn one_in_use_stays_and_the_longest_unused_goes_first() {
 #[test]
 fn what_does_not_fit_its_manifest_is_refused() {
     type Spoil = fn(&Path);
-    let cases: [(Spoil, &str); 7] = [
+    let cases: [(Spoil, &str); 8] = [
         (|dir| fs::write(dir.join("memory"), [8; 100_000]).unwrap(), "memory has changed"),
         (|dir| fs::write(dir.join("memory"), [7; 99_999]).unwrap(), "memory has 99999 bytes and not 100000"),
         (|dir| fs::remove_file(dir.join("state")).unwrap(), "state is missing"),
+        (|dir| fs::remove_file(dir.join("manifest.json")).unwrap(), "manifest.json is missing"),
         (|dir| fs::write(dir.join("manifest.json"), "{").unwrap(), "manifest.json is none"),
         (|dir| fs::write(dir.join("manifest.json"), vec![b' '; 2 << 20]).unwrap(), "manifest.json has 2097152 bytes"),
         (
@@ -169,7 +170,11 @@ fn what_does_not_fit_its_manifest_is_refused() {
         assert!(error.contains(expected) && error.contains("chsnap snapshot rm"), "{error}");
         assert!(store.verify(&key).is_err());
         assert_eq!(store.list().unwrap().len(), 1);
-        store.remove(&key).unwrap();
+        // It stays until there is somebody who makes another, who has its place then.
+        let building = filled(&store, of(1));
+        assert_eq!(names(&store).len(), 1);
+        assert_eq!(building.publish(vec![], u64::MAX).unwrap(), key);
+        assert!(store.find(&key).unwrap().is_some());
     }
     // A copy is the same, once its digests were taken again.
     let (_dir, store) = store(PLENTY);
@@ -177,9 +182,33 @@ fn what_does_not_fit_its_manifest_is_refused() {
     let memory = store.root.join(key.as_str()).join("memory");
     fs::remove_file(&memory).unwrap();
     fs::write(&memory, MEMORY).unwrap();
+    let in_use = store.find(&key).unwrap().unwrap();
+    // One from which somebody lives makes room, and stays for as long as that.
+    fs::write(&memory, "spoilt").unwrap();
+    filled(&store, of(1)).publish(vec![], u64::MAX).unwrap();
     assert!(store.find(&key).unwrap().is_some());
-    fs::remove_file(store.root.join(key.as_str()).join("manifest.json")).unwrap();
-    assert!(matches!(store.find(&key), Err(FindError::Io { .. })));
+    assert_eq!(names(&store).len(), 2);
+    drop(in_use);
+    store.keep_budget().unwrap();
+    assert_eq!(names(&store).len(), 1);
+}
+
+#[test]
+fn the_newest_does_not_go_again_at_once() {
+    let (_dir, store) = store(300_000);
+    let used = store.find(&published(&store, 1)).unwrap().unwrap();
+    let old = published(&store, 2);
+    // What nobody uses gives way.
+    let new = published(&store, 3);
+    assert!(store.find(&old).unwrap().is_none());
+    let both = (used, store.find(&new).unwrap().unwrap());
+    let error = filled(&store, of(4)).publish(vec![], u64::MAX).unwrap_err();
+    assert!(matches!(error, BuildError::Full { .. }) && error.to_string().contains("[snapshot] budget"), "{error}");
+    assert_eq!(store.list().unwrap().len(), 2);
+    drop(both);
+    // One that cannot be read counts, too.
+    fs::write(store.root.join(new.as_str()).join("manifest.json"), "{").unwrap();
+    assert!(store.list().unwrap().iter().all(|entry| entry.bytes >= 100_000));
 }
 
 #[test]
@@ -189,7 +218,7 @@ fn a_root_difference_is_kept_whole() {
     let cache = building.dir().join(ROOT).join("usr/lib/__pycache__");
     fs::create_dir_all(&cache).unwrap();
     fs::write(cache.join("app.pyc"), MEMORY).unwrap();
-    let key = building.publish(vec![]).unwrap();
+    let key = building.publish(vec![], u64::MAX).unwrap();
     let dir = store.root.join(key.as_str());
     let found = store.find(&key).unwrap().unwrap();
     assert_eq!(found.manifest().root.as_ref().map(|root| root.entries), Some(4));
@@ -210,12 +239,12 @@ fn a_root_difference_is_kept_whole() {
 #[test]
 fn what_cannot_be_kept_is_refused_and_gone() {
     let (_dir, store) = store(50_000);
-    let error = filled(&store, inputs()).publish(vec![]).unwrap_err();
+    let error = filled(&store, inputs()).publish(vec![], u64::MAX).unwrap_err();
     assert!(matches!(error, BuildError::TooLarge { budget: 50_000, .. }), "{error}");
     for strange in [|path: &Path| fs::create_dir(path).unwrap(), |path: &Path| symlink("/etc/passwd", path).unwrap()] {
         let building = filled(&store, inputs());
         strange(&building.dir().join("strange"));
-        let error = building.publish(vec![]).unwrap_err();
+        let error = building.publish(vec![], u64::MAX).unwrap_err();
         assert!(matches!(error, BuildError::Strange { .. }), "{error}");
     }
     assert!(names(&store).is_empty());
@@ -245,7 +274,7 @@ fn builders_readers_and_removers_at_once() {
                     match store.build(inputs()) {
                         Ok(building) => {
                             fs::write(building.dir().join("memory"), MEMORY).unwrap();
-                            building.publish(vec![]).unwrap();
+                            building.publish(vec![], u64::MAX).unwrap();
                             built.fetch_add(1, Ordering::Relaxed);
                         }
                         Err(BuildError::Busy { .. } | BuildError::Exists { .. }) => thread::yield_now(),
