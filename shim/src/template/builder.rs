@@ -1,13 +1,16 @@
 //! Building a template: start, save, restore by way of trial, publish.
 
-use std::path::Path;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use chsnap_protocol::agent::InfoResponse;
 
 use super::{
     Built, Order, RungError, TemplateError,
     climb::{Climbed, Step, climb},
-    told,
+    is_lasting, told,
 };
 use crate::{
     agent::Agent,
@@ -19,7 +22,7 @@ use crate::{
         machine::{self, Origin, Patience},
     },
     share::{self, Share, Virtiofsd, VirtiofsdProgram},
-    snapshot::{BuildError, Building, Ladder, Machine, Refusal, Store},
+    snapshot::{BuildError, Building, Inputs, Kind, Ladder, Machine, Refusal, Store},
     task::chain,
     vmm::{self, Driver, Rung, Vm, VmSpec},
 };
@@ -30,6 +33,8 @@ const DIR: &str = ".builders";
 const CGROUP: &str = "/chsnap-builders";
 /// What VMM and virtiofsd take beside the guest's memory, in MiB.
 const OVERHEAD_MIB: u64 = 768;
+/// And beside the guest's CPUs.
+const VMM_CPUS: u32 = 1;
 
 /// Builds the base snapshot that `order` asks for; `tell` hears how far it is.
 ///
@@ -38,14 +43,50 @@ const OVERHEAD_MIB: u64 = 768;
 pub async fn build(order: &Order, tell: &mut dyn FnMut(&str)) -> Result<Built, TemplateError> {
     let config = &order.config;
     let store = Store::open(&config.snapshot.dir, config.snapshot.budget.as_bytes())?;
-    let mut ground = Ground::claim(order, tell)?;
-    let built = Workshop { order, store, ground: &ground, held: Vec::new() }.build(tell).await;
-    ground.take_down();
-    built
+    // Also of a build that is given up half-way nothing is left.
+    let ground = Ground::claim(order, tell)?;
+    build_on(&ground, order, store, tell).await
+}
+
+/// Removes what builders have left that were killed.
+pub(super) fn clear_away(config: &Config) {
+    let entries = fs::read_dir(config.state.dir.join(DIR)).into_iter().flatten().flatten();
+    for dir in entries.filter_map(|entry| PodDir::claim(&entry.path()).ok()) {
+        if let Ok(mut cgroup) = Cgroup::find(CGROUP, dir.path()) {
+            cgroup.remove();
+        }
+        dir.remove_of_dying();
+    }
+    let swept = Store::open(&config.snapshot.dir, config.snapshot.budget.as_bytes()).map(|store| store.sweep());
+    if let Ok(Err(error)) = swept {
+        log::warn!("what a builder has left stays: {error}");
+    }
+}
+
+/// An image snapshot takes a rung that works, and that is known of a base snapshot on it.
+async fn build_on(
+    ground: &Ground,
+    order: &Order,
+    store: Store,
+    tell: &mut dyn FnMut(&str),
+) -> Result<Built, TemplateError> {
+    let mut scout = Scout::new(&order.config, Freshness::Remembered);
+    let virtiofsd = share::find_virtiofsd(&order.config.share, &mut scout).await?;
+    let mut workshop = Workshop { order, store, ground, virtiofsd, held: Vec::new() };
+    let (rung, refusals, base) = workshop.base(&mut scout, tell).await?;
+    workshop.held.clear();
+    let built = match &order.image {
+        None => base,
+        Some(image) => workshop.image(image, (rung, &refusals), &mut scout, tell).await?,
+    };
+    if let Err(error) = workshop.store.keep_budget() {
+        tell(&format!("the store's budget is not kept: {}", chain(&error)));
+    }
+    Ok(built)
 }
 
 /// What a builder works on.
-struct Ground {
+pub(super) struct Ground {
     dir: PodDir,
     cgroup: Cgroup,
     share: Option<Share>,
@@ -65,7 +106,7 @@ impl Ground {
             };
             let bounded = Cgroup::create(CGROUP, dir.path()).map_err(|error| chain(&error)).and_then(|mut cgroup| {
                 let memory = (order.memory_mib + OVERHEAD_MIB) << 20;
-                match cgroup.bound(memory) {
+                match cgroup.bound(memory, order.vcpus + VMM_CPUS) {
                     Ok(()) => Ok(cgroup),
                     Err(error) => {
                         cgroup.remove();
@@ -81,40 +122,58 @@ impl Ground {
             let mut ground = Self { dir, cgroup, share: None };
             match share {
                 Ok(share) => ground.share = Some(share),
-                Err(error) => {
-                    ground.take_down();
-                    return Err(TemplateError::Start(RootError::from(error).into()));
-                }
+                Err(error) => return Err(TemplateError::Start(RootError::from(error).into())),
             }
             return Ok(ground);
         }
         Err(TemplateError::Busy(places))
     }
 
-    fn take_down(&mut self) {
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Its cgroup.
+    pub fn cgroups(&self) -> &[PathBuf] {
+        self.cgroup.dirs()
+    }
+
+    /// What its guests see.
+    pub fn share(&self) -> Option<&Share> {
+        self.share.as_ref()
+    }
+}
+
+impl Drop for Ground {
+    fn drop(&mut self) {
         self.share = None;
         self.cgroup.remove();
         self.dir.remove();
     }
 }
 
-struct Workshop<'a> {
-    order: &'a Order,
-    store: Store,
-    ground: &'a Ground,
+pub(super) struct Workshop<'a> {
+    pub order: &'a Order,
+    pub store: Store,
+    pub ground: &'a Ground,
+    virtiofsd: VirtiofsdProgram,
     /// The places in the store of rungs that were refused: whoever wants to build the same is to see that it is being
     /// built.
     held: Vec<Building>,
 }
 
 impl Workshop<'_> {
-    async fn build(mut self, tell: &mut dyn FnMut(&str)) -> Result<Built, TemplateError> {
-        let Config { vmm, share, guest, state, .. } = &self.order.config;
-        let mut scout = Scout::new(&self.order.config, Freshness::Remembered);
-        let driver = vmm::select(vmm, &mut scout).await?;
-        let virtiofsd = share::find_virtiofsd(share, &mut scout).await?;
+    /// The rung that works, and why no fuller one.
+    async fn base(
+        &mut self,
+        scout: &mut Scout,
+        tell: &mut dyn FnMut(&str),
+    ) -> Result<(Rung, Vec<Refusal>, Built), TemplateError> {
+        let Config { vmm, guest, state, .. } = &self.order.config;
+        let driver = vmm::select(vmm, scout).await?;
         guest_files(guest).map_err(TemplateError::Start)?;
-        let footing = self.machine(&*driver, &virtiofsd).footing(&mut scout).await?;
+        let footing = self.machine(&*driver).footing(scout).await?;
         let mut ladder = Ladder::load(&state.dir);
         // Whoever waits for it wants it tried.
         let known = ladder.outcome(&footing).filter(|_| self.order.beside).cloned();
@@ -122,8 +181,7 @@ impl Workshop<'_> {
             return Err(TemplateError::NoRung(why));
         }
         let rungs = footing.from.and_barer();
-        let attempt =
-            async |rung, refusals: &[Refusal]| self.attempt(rung, refusals, &virtiofsd, &mut scout, tell).await;
+        let attempt = async |rung, refusals: &[Refusal]| self.attempt(rung, refusals, scout, tell).await;
         let Climbed { on, refusals } = climb(rungs, Rung::moot, known.as_ref(), attempt).await?;
         let Some((rung, built)) = on else {
             ladder.learn(footing, None, refusals);
@@ -132,27 +190,26 @@ impl Workshop<'_> {
         };
         if let Built::New(key) = &built {
             ladder.worked(key);
-            ladder.learn(footing, Some(rung), refusals);
-            if let Err(error) = self.store.keep_budget() {
-                tell(&format!("the store's budget is not kept: {}", chain(&error)));
-            }
         }
-        Ok(built)
+        // One that was there was proven, perhaps before the host's last start.
+        if known.is_none_or(|known| known.rung != Some(rung)) {
+            ladder.learn(footing, Some(rung), refusals.clone());
+        }
+        Ok((rung, refusals, built))
     }
 
-    fn machine<'m>(&'m self, driver: &'m dyn Driver, virtiofsd: &'m VirtiofsdProgram) -> Machine<'m> {
-        Machine { config: &self.order.config, shape: self.order.shape(), driver, virtiofsd }
+    pub fn machine<'m>(&'m self, driver: &'m dyn Driver) -> Machine<'m> {
+        Machine { config: &self.order.config, shape: self.order.shape(), driver, virtiofsd: &self.virtiofsd }
     }
 
     async fn attempt(
         &mut self,
         rung: Rung,
         refusals: &[Refusal],
-        virtiofsd: &VirtiofsdProgram,
         scout: &mut Scout,
         tell: &mut dyn FnMut(&str),
     ) -> Step<Built, TemplateError> {
-        match self.on_rung(rung, refusals, virtiofsd, scout, tell).await {
+        match self.on_rung(rung, refusals, scout, tell).await {
             Ok(built) => Step::Works(built),
             Err(Unbuilt::Rung(error)) => {
                 tell(&format!("{rung}: {}", chain(&error)));
@@ -166,14 +223,13 @@ impl Workshop<'_> {
         &mut self,
         rung: Rung,
         refusals: &[Refusal],
-        virtiofsd: &VirtiofsdProgram,
         scout: &mut Scout,
         tell: &mut dyn FnMut(&str),
     ) -> Result<Built, Unbuilt> {
         let config = &self.order.config;
         let vmm = VmmConfig { rung, ..config.vmm.clone() };
         let driver = vmm::select(&vmm, scout).await.map_err(TemplateError::from)?;
-        let inputs = self.machine(&*driver, virtiofsd).base(rung, scout).await.map_err(TemplateError::from)?;
+        let inputs = self.machine(&*driver).base(rung, scout).await.map_err(TemplateError::from)?;
         let key = inputs.key();
         let mut ladder = Ladder::load(&config.state.dir);
         if let Some(failure) = ladder.failure(&key).filter(|_| self.order.beside) {
@@ -185,9 +241,9 @@ impl Workshop<'_> {
             Err(error) => return Err(TemplateError::from(error).into()),
         };
         tell(&format!("{rung}: starting the template of {}", key.short()));
-        let made = self.make(&*driver, virtiofsd, rung, building.dir(), tell).await;
+        let made = self.make(&*driver, rung, building.dir(), tell).await;
         let published = match made {
-            Ok(()) => self.publish(building, refusals, &*driver, virtiofsd, scout).await,
+            Ok(()) => self.publish(building, refusals, &*driver, scout).await,
             Err(Unbuilt::Rung(error)) if error.is_for_want_of_room() => Err(TemplateError::Room(error)),
             Err(Unbuilt::Rung(error)) => {
                 building.clear().map_err(TemplateError::from)?;
@@ -205,26 +261,30 @@ impl Workshop<'_> {
     }
 
     /// A file that was replaced since its digest was taken may be in the template, or may not.
-    async fn publish(
+    pub async fn publish(
         &self,
         building: Building,
         refusals: &[Refusal],
         driver: &dyn Driver,
-        virtiofsd: &VirtiofsdProgram,
         scout: &mut Scout,
     ) -> Result<Built, TemplateError> {
-        let now = self.machine(driver, virtiofsd).base(building.inputs().rung, scout).await?;
+        let Inputs { rung, process, .. } = building.inputs().clone();
+        let machine = self.machine(driver);
+        let now = match process {
+            Some(process) => machine.image(rung, process, scout).await?,
+            None => machine.base(rung, scout).await?,
+        };
         if now != *building.inputs() {
             return Err(TemplateError::Changed);
         }
-        Ok(Built::New(building.publish(refusals.to_vec())?))
+        let root_limit = self.order.config.snapshot.root_limit.as_bytes();
+        Ok(Built::New(building.publish(refusals.to_vec(), root_limit)?))
     }
 
     /// Starts a guest, saves it into `into`, and restores it from there.
     async fn make(
         &self,
         driver: &dyn Driver,
-        virtiofsd: &VirtiofsdProgram,
         rung: Rung,
         into: &Path,
         tell: &mut dyn FnMut(&str),
@@ -232,9 +292,9 @@ impl Workshop<'_> {
         let Ground { dir, cgroup, .. } = self.ground;
         let config = &self.order.config;
         let spec = machine::spec(config, self.order.shape(), dir.path(), cgroup.dirs());
-        let restored = machine::templates_spec(spec, rung);
+        let restored = machine::templates_spec(spec, Kind::Base, rung);
         let template = VmSpec { snapshot_dir: Some(into.to_owned()), ..restored.clone() };
-        let running = match self.start(driver, virtiofsd, &template, Origin::Boot).await {
+        let running = match self.start(driver, &template, Origin::Boot).await {
             Ok(running) => running,
             // On the rung on which pods boot, that says nothing about rungs.
             Err(error) if rung == config.vmm.rung.here() => return Err(TemplateError::Start(error).into()),
@@ -245,23 +305,17 @@ impl Workshop<'_> {
         running.end().await;
         saved.map_err(RungError::Save)?;
         tell(&format!("{rung}: restoring it by way of trial"));
-        let trial = self.start(driver, virtiofsd, &restored, Origin::Snapshot(into)).await;
+        let trial = self.start(driver, &restored, Origin::Snapshot(Kind::Base, into)).await;
         trial.map_err(RungError::Trial)?.end().await;
         Ok(())
     }
 
     /// A machine whose agent answers; where it fails, nothing of it runs. What is restored may take as long as a boot:
     /// the trial is about whether it works, on a host that may have other things to do.
-    async fn start(
-        &self,
-        driver: &dyn Driver,
-        program: &VirtiofsdProgram,
-        spec: &VmSpec,
-        origin: Origin<'_>,
-    ) -> Result<Running, StartError> {
+    pub async fn start(&self, driver: &dyn Driver, spec: &VmSpec, origin: Origin<'_>) -> Result<Running, StartError> {
         let Config { share, deadlines, .. } = &self.order.config;
         let dir = self.ground.share.as_ref().map_or(self.ground.dir.path(), Share::dir);
-        let mut virtiofsd = Virtiofsd::spawn(program, share.cache, dir, &spec.share_socket, &spec.cgroups)?;
+        let mut virtiofsd = Virtiofsd::spawn(&self.virtiofsd, share.cache, dir, &spec.share_socket, &spec.cgroups)?;
         let vm = match machine::start(driver, spec, origin, &mut virtiofsd).await {
             Ok(vm) => vm,
             Err(error) => {
@@ -272,7 +326,7 @@ impl Workshop<'_> {
         let call = deadlines.agent_call.duration();
         match machine::meet_agent(&*vm, &mut virtiofsd, Patience::boot(deadlines), call, origin).await {
             // The session stays open until the machine is saved: then the agent waits, and does nothing else.
-            Ok((agent, info)) => Ok(Running { vm, virtiofsd, info, _agent: agent }),
+            Ok((agent, info)) => Ok(Running { vm, virtiofsd, info, agent }),
             Err(error) => {
                 vm.kill().await;
                 virtiofsd.kill().await;
@@ -283,15 +337,27 @@ impl Workshop<'_> {
 }
 
 /// A guest that is up, and everything of it.
-struct Running {
+pub(super) struct Running {
     vm: Box<dyn Vm>,
     virtiofsd: Virtiofsd,
     info: InfoResponse,
-    _agent: Agent,
+    agent: Agent,
 }
 
 impl Running {
-    async fn end(mut self) {
+    pub fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    pub fn info(&self) -> &InfoResponse {
+        &self.info
+    }
+
+    pub fn vm(&self) -> &dyn Vm {
+        &*self.vm
+    }
+
+    pub async fn end(mut self) {
         self.vm.kill().await;
         self.virtiofsd.kill().await;
     }
@@ -314,14 +380,5 @@ impl From<RungError> for Unbuilt {
 impl From<TemplateError> for Unbuilt {
     fn from(error: TemplateError) -> Self {
         Self::Else(error)
-    }
-}
-
-/// Whether it would be the same a moment later.
-fn is_lasting(error: &TemplateError) -> bool {
-    match error {
-        TemplateError::Start(_) | TemplateError::Room(_) => true,
-        TemplateError::Build(error) => !matches!(error, BuildError::Busy { .. } | BuildError::Exists { .. }),
-        _ => false,
     }
 }

@@ -37,7 +37,7 @@ pub async fn climb<T, E>(
     let mut refusals: Vec<Refusal> = Vec::new();
     for rung in rungs {
         if let Some(why) = moot(rung) {
-            refusals.push(Refusal { rung, why: format!("passed over: {why}") });
+            refusals.push(Refusal::new(rung, format!("passed over: {why}")));
             continue;
         }
         // An outcome without a rung that works knows of no rung below.
@@ -48,7 +48,9 @@ pub async fn climb<T, E>(
         }
         match attempt(rung, &refusals).await {
             Step::Works(made) => return Ok(Climbed { on: Some((rung, made)), refusals }),
-            Step::Refused(error) => refusals.push(Refusal { rung, why: chain(&error) }),
+            Step::Refused(error) => {
+                refusals.push(Refusal { silent: error.is_silence(), ..Refusal::new(rung, chain(&error)) });
+            }
             Step::Broken(error) => return Err(error),
         }
     }
@@ -112,7 +114,7 @@ mod tests {
         let (_, _, refusals) = climbed(Some(NoPmu), None).await;
         let inputs = crate::snapshot::tests_inputs();
         let on = Footing::of(&inputs, Standard);
-        let known = Outcome { on, rung: Some(NoPmu), refusals, found_at: String::new() };
+        let known = Outcome { on, rung: Some(NoPmu), refusals, found_at: String::new(), until: None };
         let (on, tried, kept) = climbed(Some(NoPmu), Some(&known)).await;
         assert_eq!((on, tried, kept.len()), (Some(NoPmu), vec![NoPmu], 1));
         // It no longer does.

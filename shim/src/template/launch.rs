@@ -5,6 +5,7 @@ use std::{
     env,
     ffi::OsStr,
     io::{self, Read, Write},
+    os::unix::process::ExitStatusExt,
     process::{ExitCode, Stdio},
 };
 
@@ -15,8 +16,8 @@ use tokio::{
     process::{Child, Command},
 };
 
-use super::{Built, Order, build};
-use crate::{share, sys, task::chain};
+use super::{Built, Order, build, builder::clear_away};
+use crate::{config::Config, share, sys, task::chain};
 
 /// The only argument of such a process.
 pub const COMMAND: &str = "build-template";
@@ -40,7 +41,7 @@ enum ServeError {
 /// Has a template built, for which nobody waits. What comes of it is logged, if this process is still there then.
 pub async fn launch(order: Order) {
     match spawn(&order).await {
-        Ok(child) => drop(tokio::spawn(listen(child))),
+        Ok(child) => drop(tokio::spawn(listen(child, order.config))),
         Err(error) => log::warn!("no template is built: cannot run the builder: {error}"),
     }
 }
@@ -61,14 +62,17 @@ async fn spawn(order: &Order) -> io::Result<Child> {
 }
 
 /// Until it ends, or we do: then init inherits it.
-async fn listen(mut child: Child) {
+async fn listen(mut child: Child, config: Config) {
     if let Some(stdout) = child.stdout.take() {
         let mut lines = BufReader::new(stdout).lines();
         while let Ok(Some(line)) = lines.next_line().await {
             log::info!("template: {line}");
         }
     }
-    let _ = child.wait().await;
+    // Else the remains would wait for the next builder.
+    if child.wait().await.is_ok_and(|status| status.signal().is_some()) {
+        let _ = tokio::task::spawn_blocking(move || clear_away(&config)).await;
+    }
 }
 
 /// What such a process does. To be called while it has one thread.
@@ -92,11 +96,11 @@ fn try_serve() -> Result<ExitCode, ServeError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServeError::Process)?;
     Ok(match runtime.block_on(build(&order, &mut |line| say(line))) {
         Ok(Built::New(key)) => {
-            say(&format!("the base snapshot {} is there", key.short()));
+            say(&format!("the snapshot {} is there", key.short()));
             ExitCode::SUCCESS
         }
         Ok(Built::There(key)) => {
-            say(&format!("the base snapshot {} was there already", key.short()));
+            say(&format!("the snapshot {} was there already", key.short()));
             ExitCode::SUCCESS
         }
         Err(error) => {

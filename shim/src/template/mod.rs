@@ -1,7 +1,7 @@
 //! Templates: guests that are started for nothing but to be saved. One is built on the fullest rung of the ladder on
 //! which what was saved can be restored again, which is tried before anybody gets to see it.
 //!
-//! `builder` builds one, `launch` has that done by a process of its own beside a pod, `climb` is the ladder.
+//! `builder` builds one, `image` one with the image's process in it (`ahead` has one built for pods to come), `launch` has that done by a process of its own beside a pod, `climb` is the ladder.
 
 use chsnap_protocol::agent::InfoResponse;
 use serde::{Deserialize, Serialize};
@@ -9,18 +9,23 @@ use thiserror::Error;
 
 use crate::{
     config::{Config, Overrides, Shape},
-    sandbox::{DirError, StartError},
-    share::VirtiofsdError,
+    origin::{OriginError, Place},
+    sandbox::{Blueprint, DirError, StartError},
+    share::{Overlay, RootMount, VirtiofsdError},
     snapshot::{BuildError, InputsError, Key, OpenError},
     task::chain,
     vmm::{SelectError, SnapshotError},
 };
 
+mod ahead;
 mod builder;
 mod climb;
+mod image;
 mod launch;
 
+pub use ahead::{Ahead, AheadError, StandIn};
 pub use builder::build;
+pub use image::{ImageOrder, ProcessError};
 pub use launch::{COMMAND, isolate, launch, serve};
 
 /// What is to be built.
@@ -34,6 +39,8 @@ pub struct Order {
     pub memory_mib: u64,
     /// Nobody waits for it: pods go first, and what did not work a moment ago is not tried again.
     pub beside: bool,
+    /// Of the image's process, too; else there is to be a base snapshot alone.
+    pub image: Option<ImageOrder>,
 }
 
 impl Order {
@@ -41,7 +48,14 @@ impl Order {
     #[must_use]
     pub fn of(config: &Config, overrides: &Overrides, shape: Shape) -> Self {
         let config = Config { vmm: overrides.vmm(&config.vmm), ..config.clone() };
-        Self { config, vcpus: shape.vcpus, memory_mib: shape.memory_mib, beside: true }
+        Self { config, vcpus: shape.vcpus, memory_mib: shape.memory_mib, beside: true, image: None }
+    }
+
+    /// And of the process in `blueprint`, for a container at `place` whose root is `rootfs`.
+    #[must_use]
+    pub fn of_image(self, blueprint: &Blueprint, rootfs: &[RootMount], place: Place) -> Self {
+        let lowers = Overlay::of(rootfs).map(|overlay| overlay.lowers);
+        Self { image: Some(ImageOrder { blueprint: blueprint.clone(), lowers, place }), ..self }
     }
 
     fn shape(&self) -> Shape {
@@ -85,6 +99,12 @@ pub enum TemplateError {
     /// Its guest.
     #[error("the template's guest does not start")]
     Start(#[source] StartError),
+    /// Its image.
+    #[error("cannot tell from which image the container was made")]
+    Origin(#[from] OriginError),
+    /// Its process.
+    #[error("no image snapshot")]
+    Process(#[from] ProcessError),
     /// A file was replaced.
     #[error("the kernel, the initramfs, or a program was replaced while the template was built: build it again")]
     Changed,
@@ -123,10 +143,27 @@ impl RungError {
     }
 }
 
+impl RungError {
+    /// Whether there was no answer in time: the rung may work on a host that has less to do.
+    fn is_silence(&self) -> bool {
+        chain(self).contains("did not answer")
+    }
+}
+
 /// What the guest says of itself, for the record.
 fn told(info: &InfoResponse) -> String {
     let release: String = info.kernel_release.chars().filter(|c| !c.is_control()).take(64).collect();
     format!("guest kernel {release}")
+}
+
+/// Whether it would be the same a moment later.
+fn is_lasting(error: &TemplateError) -> bool {
+    match error {
+        TemplateError::Start(_) | TemplateError::Room(_) => true,
+        TemplateError::Process(error) => !matches!(error, ProcessError::Layers),
+        TemplateError::Build(error) => !matches!(error, BuildError::Busy { .. } | BuildError::Exists { .. }),
+        _ => false,
+    }
 }
 
 #[cfg(test)]
@@ -146,6 +183,9 @@ mod tests {
         {
             assert!(error.is_for_want_of_room(), "{}", chain(&error));
         }
+        let late =
+            RungError::Save(SnapshotError::Control(ControlError::Late { command: "stop".into(), seconds: 60.0 }));
+        assert!(late.is_silence() && !late.is_for_want_of_room() && !trial("the VMM ended").is_silence());
         for error in [saved("SetSysRegister(Invalid argument (os error 22))"), trial("the VMM ended (exit status: 1)")]
         {
             assert!(!error.is_for_want_of_room(), "{}", chain(&error));

@@ -1,0 +1,326 @@
+//! Building an image snapshot: a guest in which the image's process has initialised, saved and tried.
+
+use std::{
+    fs, io,
+    os::unix::fs::{MetadataExt, chown},
+    path::{Path, PathBuf},
+};
+
+use chsnap_protocol::{FIRST_HOME, agent::AdoptRequest};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::{
+    Built, RungError, TemplateError,
+    builder::{Running, Workshop},
+    climb::{Climbed, Step, climb},
+    is_lasting, told,
+};
+use crate::{
+    agent::AgentError,
+    config::{Config, VmmConfig},
+    origin::{OriginError, Place},
+    program::Scout,
+    sandbox::{
+        Blueprint, NewContainer, Plan, PlanError, StartError, TEMPLATE, add_root,
+        machine::{self, Origin},
+    },
+    share::{Overlay, RootMount, Share},
+    snapshot::{BuildError, Inputs, Kind, Ladder, Layers, ROOT, Refusal, nameless},
+    task::chain,
+    vmm::{self, Driver, Rung, SnapshotError, VmSpec},
+};
+
+/// Beside the root difference, while it is being made: what overlayfs works in, and what the trial writes.
+const WORK: &str = "work";
+const TRIAL: &str = "trial";
+/// The container in the restored guest of a trial.
+const ADOPTED: &str = "trial";
+
+/// What an image snapshot is made from.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ImageOrder {
+    /// The container.
+    pub blueprint: Blueprint,
+    /// The image's layers, the topmost first, where the container's root is made of them.
+    pub lowers: Option<Vec<PathBuf>>,
+    /// One that was made from the image.
+    pub place: Place,
+}
+
+/// The image's process could not be saved.
+#[derive(Debug, Error)]
+pub enum ProcessError {
+    /// Its specification.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// Its root.
+    #[error("cannot make the template's root file system {path:?}")]
+    Scratch {
+        /// Which directory.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// Its layers were removed.
+    #[error("a layer of the image was removed, or replaced, while the template was built")]
+    Layers,
+    /// The guest.
+    #[error("the template's guest does not start")]
+    Guest(#[source] StartError),
+    /// The guest refuses it.
+    #[error("the template's container does not start")]
+    Start(#[source] AgentError),
+    /// It is not ready, or ended.
+    #[error("the image's process did not get ready to be saved ({ready})")]
+    NotReady {
+        /// What was waited for.
+        ready: String,
+        /// What came instead.
+        #[source]
+        source: AgentError,
+    },
+    /// A hook failed, or it does not stand still.
+    #[error("the image's process cannot be stopped to be saved")]
+    Freeze(#[source] AgentError),
+    /// The VMM.
+    #[error("the template cannot be saved")]
+    Save(#[source] SnapshotError),
+    /// What was saved is worth nothing.
+    #[error("the trial restore failed")]
+    Trial(#[source] StartError),
+}
+
+impl Workshop<'_> {
+    /// Builds the one that `image` is about: on the rung that was found to work, or on a barer one, if what this process
+    /// uses cannot be saved or restored there.
+    pub(super) async fn image(
+        &self,
+        image: &ImageOrder,
+        (from, fuller): (Rung, &[Refusal]),
+        scout: &mut Scout,
+        tell: &mut dyn FnMut(&str),
+    ) -> Result<Built, TemplateError> {
+        let config = &self.order.config;
+        let chain_id = match image.place.chain_id(&config.snapshot.ctr).await {
+            Ok(chain_id) => chain_id,
+            Err(error) => return Err(self.nameless(image, error, scout).await),
+        };
+        let lowers = match &image.lowers {
+            Some(lowers) => lowers.clone(),
+            None => vec![image.place.image_root(&config.snapshot.ctr, &chain_id).await?],
+        };
+        let mut layers = Layers::load(&config.snapshot.dir);
+        let gone = |_| TemplateError::from(ProcessError::Layers);
+        layers.learn(&lowers, &chain_id).map_err(gone)?;
+        let attempt = async |rung, refusals: &[Refusal]| {
+            let refusals = [fuller, refusals].concat();
+            let error = match self.image_on(rung, refusals, image, &chain_id, &lowers, scout, tell).await {
+                Ok(built) => return Step::Works(built),
+                Err(TemplateError::Process(ProcessError::Save(error))) => RungError::Save(error),
+                // Hooks that fail do so on every rung.
+                Err(TemplateError::Process(ProcessError::Trial(error))) if !matches!(error, StartError::Adopt(_)) => {
+                    RungError::Trial(error)
+                }
+                Err(error) => return Step::Broken(error),
+            };
+            match error.is_for_want_of_room() {
+                true => Step::Broken(TemplateError::Room(error)),
+                false => Step::Refused(error),
+            }
+        };
+        let Climbed { on, refusals } = climb(from.and_barer(), Rung::moot, None, attempt).await?;
+        let refused = || refusals.iter().map(|refusal| format!("{}: {}", refusal.rung, refusal.why));
+        on.map(|(_, built)| built).ok_or_else(|| TemplateError::NoRung(refused().collect::<Vec<_>>().join("; ")))
+    }
+
+    /// Remembers of a stack of layers, whose image nobody can name, that this is so: else every pod would ask.
+    async fn nameless(&self, image: &ImageOrder, error: OriginError, scout: &mut Scout) -> TemplateError {
+        let Config { vmm, state, .. } = &self.order.config;
+        let passing = !matches!(error, OriginError::Program { .. } | OriginError::Slow { .. });
+        let error = TemplateError::from(error);
+        let (false, Some(lowers)) = (passing, &image.lowers) else { return error };
+        let key = async {
+            let process = image.blueprint.process(&nameless(lowers)).ok()?;
+            let driver = vmm::select(vmm, scout).await.ok()?;
+            Some(self.machine(&*driver).image(vmm.rung.here(), process, scout).await.ok()?.key())
+        };
+        if let Some(key) = key.await {
+            Ladder::load(&state.dir).failed(key, chain(&error));
+        }
+        error
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "all of it is what one attempt is about")]
+    async fn image_on(
+        &self,
+        rung: Rung,
+        refusals: Vec<Refusal>,
+        image: &ImageOrder,
+        chain_id: &str,
+        lowers: &[PathBuf],
+        scout: &mut Scout,
+        tell: &mut dyn FnMut(&str),
+    ) -> Result<Built, TemplateError> {
+        let config = &self.order.config;
+        let process = image.blueprint.process(chain_id).map_err(ProcessError::from)?;
+        let vmm = VmmConfig { rung, ..config.vmm.clone() };
+        let driver = vmm::select(&vmm, scout).await?;
+        let inputs = self.machine(&*driver).image(rung, process, scout).await?;
+        let key = inputs.key();
+        let mut ladder = Ladder::load(&config.state.dir);
+        if let Some(failure) = ladder.failure(&key).filter(|_| self.order.beside) {
+            return Err(TemplateError::Lately(failure.why.clone()));
+        }
+        let building = match self.store.build(inputs) {
+            Ok(building) => building,
+            Err(BuildError::Exists { key }) => return Ok(Built::There(key)),
+            Err(error) => return Err(error.into()),
+        };
+        tell(&format!("{rung}: starting the template of {}, {}", key.short(), shown(building.inputs())));
+        let made =
+            self.make_image(image, lowers, rung, &*driver, building.dir(), tell).await.map_err(TemplateError::from);
+        let layers = Layers::load(&config.snapshot.dir);
+        let same = || layers.chain_id(lowers) == Some(chain_id);
+        let published = match made {
+            Ok(()) if !same() => Err(ProcessError::Layers.into()),
+            Ok(()) => self.publish(building, &refusals, &*driver, scout).await,
+            Err(error) => Err(error),
+        };
+        match &published {
+            Ok(Built::New(key)) => ladder.worked(key),
+            Err(error) if is_lasting(error) => ladder.failed(key, chain(error)),
+            _ => {}
+        }
+        published
+    }
+
+    async fn make_image(
+        &self,
+        image: &ImageOrder,
+        lowers: &[PathBuf],
+        rung: Rung,
+        driver: &dyn Driver,
+        into: &Path,
+        tell: &mut dyn FnMut(&str),
+    ) -> Result<(), ProcessError> {
+        let Config { deadlines, .. } = &self.order.config;
+        let Blueprint { spec, ready, streams, own_env } = &image.blueprint;
+        let plan = Plan::of(TEMPLATE, spec.clone())?;
+        let spec = machine::spec(&self.order.config, self.order.shape(), self.ground.dir(), self.ground.cgroups());
+        let restored = machine::templates_spec(spec, Kind::Image, rung);
+        let stdio = (*streams).into();
+
+        let (root, work) = (into.join(ROOT), into.join(WORK));
+        directory(&root, lowers.first())?;
+        directory(&work, None)?;
+        let rootfs = [Overlay::mount(lowers, &root, &work)];
+        let new = NewContainer { id: TEMPLATE, rootfs: &rootfs, plan: &plan, stdio };
+        let container = Placed::new(self.ground.share(), &rootfs, &new).map_err(guest)?;
+        let boot = VmSpec { snapshot_dir: Some(into.to_owned()), ..restored.clone() };
+        let running = self.start(driver, &boot, Origin::Boot).await.map_err(ProcessError::Guest)?;
+        let saved = async {
+            let agent = running.agent();
+            agent.create_container(TEMPLATE, container.spec_json.clone(), new.stdio.clone()).await?;
+            agent.start(TEMPLATE, "").await
+        };
+        let saved = match saved.await {
+            Ok(_) => self.save(&running, image, rung, into, tell).await,
+            Err(error) => Err(ProcessError::Start(error)),
+        };
+        running.end().await;
+        drop(container);
+        saved?;
+        remove(&work)?;
+
+        tell(&format!("{rung}: restoring it by way of trial"));
+        let trial = into.join(TRIAL);
+        let (upper, work) = (trial.join(ROOT), trial.join(WORK));
+        directory(&trial, None)?;
+        directory(&upper, lowers.first())?;
+        directory(&work, None)?;
+        let lowers: Vec<_> = [root].into_iter().chain(lowers.iter().cloned()).collect();
+        let rootfs = [Overlay::mount(&lowers, &upper, &work)];
+        let container = Placed::new(self.ground.share(), &rootfs, &new).map_err(guest)?;
+        let tried = self.start(driver, &restored, Origin::Snapshot(Kind::Image, into)).await;
+        let running = tried.map_err(ProcessError::Trial)?;
+        let adoption = AdoptRequest {
+            from: TEMPLATE.into(),
+            container_id: ADOPTED.into(),
+            hostname: plan.spec().hostname().clone().unwrap_or_default(),
+            env: own_env.clone(),
+            ..Default::default()
+        };
+        let adopted = running.agent().adopt(adoption, deadlines.hooks.duration()).await;
+        running.end().await;
+        drop(container);
+        adopted.map_err(|error| ProcessError::Trial(StartError::Adopt(error)))?;
+        tell(&format!("{rung}: {ready} came, and a clone works"));
+        remove(&trial)
+    }
+
+    async fn save(
+        &self,
+        running: &Running,
+        image: &ImageOrder,
+        rung: Rung,
+        into: &Path,
+        tell: &mut dyn FnMut(&str),
+    ) -> Result<(), ProcessError> {
+        let Config { deadlines, .. } = &self.order.config;
+        let ready = &image.blueprint.ready;
+        tell(&format!("{rung}: waiting for its process to be ready ({ready}), {}", told(running.info())));
+        let agent = running.agent();
+        let not_ready = |source| ProcessError::NotReady { ready: ready.to_string(), source };
+        agent.await_ready(TEMPLATE, ready, deadlines.ready.duration()).await.map_err(not_ready)?;
+        agent.freeze(TEMPLATE, deadlines.hooks.duration()).await.map_err(ProcessError::Freeze)?;
+        tell(&format!("{rung}: saving it"));
+        running.vm().snapshot(into).await.map_err(ProcessError::Save)
+    }
+}
+
+/// A container's root in the share; no longer there when dropped.
+struct Placed<'a> {
+    share: &'a Share,
+    spec_json: Vec<u8>,
+}
+
+impl<'a> Placed<'a> {
+    fn new(share: Option<&'a Share>, rootfs: &[RootMount], new: &NewContainer<'_>) -> Result<Self, StartError> {
+        let share = share.ok_or(StartError::NoShare)?;
+        let (spec_json, _) = add_root(share, FIRST_HOME, rootfs, new)?;
+        Ok(Self { share, spec_json })
+    }
+}
+
+impl Drop for Placed<'_> {
+    fn drop(&mut self) {
+        self.share.remove_container(FIRST_HOME);
+    }
+}
+
+fn guest(error: StartError) -> ProcessError {
+    ProcessError::Guest(error)
+}
+
+fn shown(inputs: &Inputs) -> String {
+    let args = inputs.process.as_ref().map(|process| process.args.join(" ")).unwrap_or_default();
+    args.chars().map(|c| if c.is_control() { ' ' } else { c }).take(80).collect()
+}
+
+/// The top of a container's root is whose that of the image is.
+fn directory(path: &Path, like: Option<&PathBuf>) -> Result<(), ProcessError> {
+    let made = fs::create_dir(path).and_then(|()| match like.map(fs::metadata).transpose()? {
+        Some(meta) => {
+            fs::set_permissions(path, meta.permissions())?;
+            chown(path, Some(meta.uid()), Some(meta.gid()))
+        }
+        None => Ok(()),
+    });
+    made.map_err(|source| ProcessError::Scratch { path: path.into(), source })
+}
+
+fn remove(path: &Path) -> Result<(), ProcessError> {
+    fs::remove_dir_all(path).map_err(|source| ProcessError::Scratch { path: path.into(), source })
+}
