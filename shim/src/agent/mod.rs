@@ -1,7 +1,6 @@
 //! The client of the agent in the guest. The guest is hostile: what it answers is bounded and checked here.
 
 use std::{
-    io,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -9,70 +8,27 @@ use std::{
 use chsnap_protocol::{
     MAX_CHUNK, PROTOCOL_VERSION,
     agent::{
-        ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest, CreateProcessResponse, Empty,
-        InfoRequest, InfoResponse, ProcessRef, ReadStreamRequest, ResizeTerminalRequest, ResumeRequest,
-        SignalProcessRequest, StatsResponse, Stdio, StreamRef, WaitProcessResponse, WriteStreamRequest,
+        AdoptRequest, AwaitReadyRequest, ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest,
+        CreateProcessResponse, Empty, FreezeRequest, HttpProbe, InfoRequest, InfoResponse, ProcessRef,
+        ReadStreamRequest, ResizeTerminalRequest, ResumeRequest, SignalProcessRequest, StatsResponse, Stdio, StreamRef,
+        WaitOomRequest, WaitProcessResponse, WriteStreamRequest, await_ready_request::Sign,
     },
     agent_ttrpc::AgentClient,
     session,
 };
-use thiserror::Error;
 use tokio::time::timeout;
-use ttrpc::{Code, asynchronous::transport::Socket, context::Context};
+use ttrpc::{asynchronous::transport::Socket, context::Context};
 
-use crate::vmm::Channel;
+use crate::{config::Ready, vmm::Channel};
 
+mod error;
 mod fresh;
 mod pump;
 
+pub use error::AgentError;
+use error::failed;
 pub use fresh::Fresh;
 pub use pump::{read_into, write_from};
-
-/// A call to the agent failed.
-#[derive(Debug, Error)]
-pub enum AgentError {
-    /// The channel broke before a session was open.
-    #[error("the agent did not answer the greeting")]
-    Session(#[source] io::Error),
-    /// The agent said no.
-    #[error("{message}")]
-    Refused {
-        /// Why, as ttrpc code.
-        code: Code,
-        /// The agent's words, cut to a bearable length.
-        message: String,
-    },
-    /// No answer: the guest hangs or is gone.
-    #[error("the agent did not answer {call}: {reason}")]
-    Lost {
-        /// Which call.
-        call: &'static str,
-        /// What ttrpc said.
-        reason: String,
-    },
-    /// An answer that makes no sense.
-    #[error("the agent answered {call} with {what}")]
-    Nonsense {
-        /// Which call.
-        call: &'static str,
-        /// What was wrong.
-        what: String,
-    },
-}
-
-impl AgentError {
-    /// True where there was no answer, so that what was asked for may have been done, or may be yet.
-    #[must_use]
-    pub fn is_unknown(&self) -> bool {
-        matches!(self, Self::Lost { .. })
-    }
-
-    /// True where the agent said that there is no such process, container or file.
-    #[must_use]
-    pub fn is_not_found(&self) -> bool {
-        matches!(self, Self::Refused { code: Code::NOT_FOUND, .. })
-    }
-}
 
 /// A request, answered in time or given up: `ask!(agent, "Name", method(request))`.
 macro_rules! ask {
@@ -97,9 +53,6 @@ macro_rules! ask_patiently {
         }
     }};
 }
-
-/// Longest text taken from the guest for an error message, bytes.
-const MAX_MESSAGE: usize = 2048;
 
 /// The agent of one VM. Clones share the session.
 #[derive(Clone)]
@@ -164,6 +117,56 @@ impl Agent {
         ask!(self, "CreateContainer", create_container(request)).await
     }
 
+    /// Makes the frozen container `from` the container `adoption` is about. `hooks` is what its processes may take.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn adopt(&self, adoption: AdoptRequest, hooks: Duration) -> Result<CreateProcessResponse, AgentError> {
+        let request = AdoptRequest { hooks_ms: milliseconds(hooks), ..adoption };
+        self.longer_by(hooks, "Adopt", ask_patiently!(self, "Adopt", adopt(request))).await
+    }
+
+    /// Waits until the container's process is ready, at most for `patience`.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn await_ready(&self, container: &str, ready: &Ready, patience: Duration) -> Result<(), AgentError> {
+        let sign = match ready {
+            Ready::Notify => Sign::Notify(Empty::default()),
+            Ready::Http { port, path } => {
+                Sign::Http(HttpProbe { port: u32::from(*port), path: path.clone(), ..Default::default() })
+            }
+            Ready::Tcp { port } => Sign::Tcp(u32::from(*port)),
+            Ready::File { path } => Sign::File(path.display().to_string()),
+        };
+        let request = AwaitReadyRequest {
+            container_id: container.into(),
+            sign: Some(sign),
+            timeout_ms: milliseconds(patience),
+            ..Default::default()
+        };
+        self.longer_by(patience, "AwaitReady", ask_patiently!(self, "AwaitReady", await_ready(request))).await.map(drop)
+    }
+
+    /// Has a container stand still, after its hooks.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn freeze(&self, container: &str, hooks: Duration) -> Result<(), AgentError> {
+        let request =
+            FreezeRequest { container_id: container.into(), hooks_ms: milliseconds(hooks), ..Default::default() };
+        self.longer_by(hooks, "Freeze", ask_patiently!(self, "Freeze", freeze(request))).await.map(drop)
+    }
+
+    async fn longer_by<T>(
+        &self,
+        patience: Duration,
+        call: &'static str,
+        answer: impl Future<Output = Result<T, AgentError>>,
+    ) -> Result<T, AgentError> {
+        Self { deadline: self.deadline + patience, ..self.clone() }.within_deadline(call, answer).await
+    }
+
     /// Adds a process to a container.
     ///
     /// # Errors
@@ -204,6 +207,16 @@ impl Agent {
             return Err(AgentError::Nonsense { call: "WaitProcess", what });
         }
         Ok(answer)
+    }
+
+    /// Waits for the guest's OOM killer to have ended more than `known` processes of the container, or for the container's own
+    /// process to have ended. Answers how many it has.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn wait_oom(&self, container: &str, known: u64) -> Result<u64, AgentError> {
+        let request = WaitOomRequest { container_id: container.into(), known, ..Default::default() };
+        Ok(ask_patiently!(self, "WaitOom", wait_oom(request)).await?.kills)
     }
 
     /// Signals a process, or with `all` every process of the container.
@@ -325,26 +338,12 @@ impl Agent {
     }
 }
 
+fn milliseconds(duration: Duration) -> u32 {
+    duration.as_millis().try_into().unwrap_or(u32::MAX)
+}
+
 fn process(container: &str, exec: &str) -> ProcessRef {
     ProcessRef { container_id: container.into(), exec_id: exec.into(), ..Default::default() }
-}
-
-fn failed(call: &'static str) -> impl Fn(ttrpc::Error) -> AgentError {
-    move |error| match error {
-        ttrpc::Error::RpcStatus(status) if status.code() != Code::DEADLINE_EXCEEDED => {
-            AgentError::Refused { code: status.code(), message: printable(&status.message) }
-        }
-        other => AgentError::Lost { call, reason: printable(&other.to_string()) },
-    }
-}
-
-/// The guest's words without control characters, and not more than a person wants to read.
-fn printable(text: &str) -> String {
-    let mut short: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_MESSAGE).collect();
-    if text.len() > short.len() {
-        short.push('…');
-    }
-    short
 }
 
 /// Wall clock, nanoseconds since the epoch.

@@ -9,7 +9,7 @@ use crate::{
     agent::AgentError,
     cgroup::CgroupError,
     guest::KernelError,
-    share::{ShareError, VirtiofsdError},
+    share::{GraftError, ShareError, VirtiofsdError},
     vmm::{BootError, ChannelError, SelectError},
 };
 
@@ -59,6 +59,9 @@ pub enum StartError {
     /// The root file system.
     #[error(transparent)]
     Root(#[from] RootError),
+    /// A pod that is being taken down.
+    #[error("the pod has no share any more")]
+    NoShare,
     /// virtiofsd cannot be run.
     #[error("cannot serve the root file system")]
     Virtiofsd(#[from] VirtiofsdError),
@@ -96,6 +99,21 @@ pub enum StartError {
     /// What is restored is still what it was restored from.
     #[error("the restored guest cannot be made one of its own")]
     Resume(#[source] AgentError),
+    /// A restored process is still its template's.
+    #[error("the restored container cannot be made this pod's")]
+    Adopt(#[source] AgentError),
+    /// What the template wrote is not there.
+    #[error("the container's root cannot be made the restored one's")]
+    Graft(#[from] GraftError),
+    /// What a restored process wrote stays where the next way would find it.
+    #[error("cannot take back what the restored container wrote to {path:?}")]
+    Upper {
+        /// The container's own directory, or its overlay's.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// There is no other way left.
     #[error("annotation io.chsnap.snapshot = \"require\", but no snapshot could be used: {why}")]
     Required {

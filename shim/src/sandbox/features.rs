@@ -1,7 +1,7 @@
 //! What a specification may ask for that a microVM cannot give.
 
 use oci_spec::runtime::{
-    LinuxBlockIo, LinuxCpu, LinuxNamespaceType, LinuxNetwork, LinuxPersonalityDomain, LinuxResources, Spec,
+    LinuxBlockIo, LinuxCpu, LinuxNamespaceType, LinuxNetwork, LinuxPersonalityDomain, LinuxResources, Mount, Spec,
 };
 
 use super::PlanError;
@@ -59,11 +59,21 @@ pub(super) fn check(spec: &Spec) -> Result<(), PlanError> {
     if linux.personality().as_ref().is_some_and(|p| p.domain() != LinuxPersonalityDomain::PerLinux) {
         return unsupported("an execution domain (linux.personality)".into(), REMOVE);
     }
+    if linux.rootfs_propagation().as_ref().is_some_and(|how| how.ends_with("shared")) {
+        return unsupported(
+            "mounts of its own on the host (linux.rootfsPropagation)".into(),
+            "run without Bidirectional mounts",
+        );
+    }
+    let mapped = |mount: &&Mount| mount.uid_mappings().is_some() || mount.gid_mappings().is_some();
+    if let Some(mount) = spec.mounts().iter().flatten().find(mapped) {
+        return unsupported(format!("another owner's mount (uidMappings) on {:?}", mount.destination()), REMOVE);
+    }
     linux.resources().as_ref().map_or(Ok(()), check_resources)
 }
 
-/// What the guest's cgroups limit is in the agent's `cgroup.rs`. A limit on huge pages is kept as it is: the guest has
-/// none of them.
+/// What the guest's cgroups limit is in the agent's `cgroup.rs`. Limits on huge pages and on swap are kept as they are:
+/// the guest has neither.
 fn check_resources(resources: &LinuxResources) -> Result<(), PlanError> {
     let given = |list: Option<&String>| list.is_some_and(|list| !list.is_empty());
     let cpu = resources.cpu().as_ref();
@@ -73,6 +83,10 @@ fn check_resources(resources: &LinuxResources) -> Result<(), PlanError> {
         (
             cpu.and_then(LinuxCpu::realtime_runtime).is_some_and(|time| time != 0),
             "real-time CPU (linux.resources.cpu.realtimeRuntime)",
+        ),
+        (
+            resources.memory().as_ref().is_some_and(|memory| memory.disable_oom_killer() == Some(true)),
+            "memory that is never short (linux.resources.memory.disableOOMKiller)",
         ),
         (
             resources.block_io().as_ref().is_some_and(|io| *io != LinuxBlockIo::default()),

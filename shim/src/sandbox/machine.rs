@@ -18,6 +18,7 @@ use crate::{
     agent::{Agent, Fresh},
     config::{Config, Deadline, Deadlines, Shape},
     share::{Ended, Virtiofsd},
+    snapshot::Kind,
     vmm::{Driver, Rung, Vm, VmExit, VmSpec},
 };
 
@@ -29,8 +30,8 @@ const SHARE_SOCKET: &str = "fs.sock";
 pub(crate) enum Origin<'a> {
     /// Its kernel boots.
     Boot,
-    /// From the snapshot in this directory.
-    Snapshot(&'a Path),
+    /// From the snapshot of that kind in this directory.
+    Snapshot(Kind, &'a Path),
 }
 
 /// How long a guest may take to get ready, and where that is configured.
@@ -76,9 +77,11 @@ pub(crate) fn spec(config: &Config, shape: Shape, dir: &Path, cgroups: &[PathBuf
 }
 
 /// The same as a template on `rung` is, or what is restored from one: the two may differ in paths alone.
-pub(crate) fn templates_spec(spec: VmSpec, rung: Rung) -> VmSpec {
+pub(crate) fn templates_spec(spec: VmSpec, kind: Kind, rung: Rung) -> VmSpec {
     let mut spec = VmSpec { rung, ..spec };
-    spec.cmdline.push(SHARE_LATER.into());
+    if kind == Kind::Base {
+        spec.cmdline.push(SHARE_LATER.into());
+    }
     spec
 }
 
@@ -91,7 +94,7 @@ pub(crate) async fn start(
 ) -> Result<Box<dyn Vm>, StartError> {
     let started = match origin {
         Origin::Boot => driver.boot(spec).await,
-        Origin::Snapshot(from) => driver.restore(spec, from).await,
+        Origin::Snapshot(_, from) => driver.restore(spec, from).await,
     };
     match started {
         Ok(vm) => Ok(vm),
@@ -115,9 +118,10 @@ pub(crate) async fn meet_agent(
     let met = async {
         let channel = vm.channel().await?;
         let (agent, info) = Agent::open(channel, agent_call).await?;
-        if let Origin::Snapshot(_) = origin {
+        if let Origin::Snapshot(kind, _) = origin {
             let fresh = Fresh::new().map_err(StartError::Fresh)?;
-            agent.resume(fresh, true).await.map_err(StartError::Resume)?;
+            // An image's process has the share mounted.
+            agent.resume(fresh, kind == Kind::Base).await.map_err(StartError::Resume)?;
         }
         Ok((agent, info))
     };

@@ -1,14 +1,22 @@
 //! A pod's life: its share, its machine, its agent, from the first container's creation to the last one's end.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::Path,
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
 
-use chsnap_protocol::agent::{CreateProcessResponse, InfoResponse, Stdio};
+use chsnap_protocol::{
+    FIRST_HOME,
+    agent::{CreateProcessResponse, InfoResponse, Stdio},
+};
 use tokio::{
     sync::{Mutex, watch},
     task::AbortHandle,
     time::timeout,
 };
 
+mod blueprint;
 mod dir;
 mod error;
 mod expose;
@@ -19,6 +27,7 @@ mod plan;
 mod start;
 mod ways;
 
+pub use blueprint::Blueprint;
 pub use dir::{DirError, PodDir, dir_of};
 pub use error::{ContainerError, RootError, StartError};
 pub use expose::{ExposeError, Exposed};
@@ -26,6 +35,8 @@ pub(crate) use machine::settled;
 use machine::watch_over;
 pub use phases::Phases;
 pub use plan::{Division, Plan, PlanError};
+pub(crate) use start::TEMPLATE;
+pub use ways::Wanting;
 
 pub use crate::guest::KernelError;
 
@@ -34,7 +45,9 @@ use crate::{
     cgroup::Cgroup,
     config::{AnnotationError, Config, GuestConfig, Overrides, Shape},
     guest,
+    origin::Place,
     share::{Content, RootMount, Share, Virtiofsd},
+    snapshot::InUse,
     state::Way,
     vmm::{self, Vm},
 };
@@ -42,6 +55,8 @@ use crate::{
 /// What a pod's machine is made from.
 #[derive(Debug)]
 pub struct Request<'a> {
+    /// The address of containerd.
+    pub containerd: &'a str,
     /// containerd's namespace.
     pub namespace: &'a str,
     /// The sandbox's id.
@@ -54,6 +69,14 @@ pub struct Request<'a> {
     pub shape: Shape,
     /// `linux.cgroupsPath`; empty for none.
     pub cgroups_path: &'a str,
+}
+
+impl Request<'_> {
+    /// What containerd knows the container as.
+    #[must_use]
+    pub fn place(&self, container: &str) -> Place {
+        Place { address: self.containerd.into(), namespace: self.namespace.into(), container: container.into() }
+    }
 }
 
 /// What a container's process gets.
@@ -76,8 +99,8 @@ pub struct Started {
     pub way: Way,
     /// Why not in a better one.
     pub why_not: Option<String>,
-    /// There was no snapshot, and one should be built.
-    pub wanting: bool,
+    /// There was no snapshot, and this one should be built.
+    pub wanting: Option<Wanting>,
 }
 
 /// A pod with its machine running.
@@ -91,6 +114,10 @@ pub struct Sandbox {
     shape: Shape,
     overrides: Overrides,
     share: Mutex<Option<Share>>,
+    /// The pod's first container, for as long as it is there: its directory of the share has a name of its own.
+    first: std::sync::Mutex<Option<String>>,
+    /// The snapshot that holds a part of the first one's root.
+    _snapshot: Option<InUse>,
     cgroup: Mutex<Cgroup>,
     exposed: Arc<Mutex<Option<Exposed>>>,
     /// Watches virtiofsd; owns it, so that aborting it kills virtiofsd.
@@ -130,6 +157,7 @@ struct Built {
     driver: (vmm::VmmKind, vmm::Accelerator),
     started: Started,
     met: Met,
+    snapshot: Option<InUse>,
 }
 
 /// A guest with its first container.
@@ -157,7 +185,7 @@ impl Sandbox {
         };
         let cgroup = cgroup.inspect_err(|_| dir.remove())?;
         let mut ground = Ground { dir, share: None, cgroup };
-        let Built { vm, virtiofsd, driver, started, met } =
+        let Built { vm, virtiofsd, driver, started, met, snapshot } =
             match start::build(request, first, &mut ground, phases).await {
                 Ok(built) => built,
                 Err(e) => {
@@ -179,6 +207,8 @@ impl Sandbox {
             shape: request.shape,
             overrides: request.overrides.clone(),
             share: Mutex::new(ground.share),
+            first: std::sync::Mutex::new(Some(first.id.into())),
+            _snapshot: snapshot,
             cgroup: Mutex::new(ground.cgroup),
             exposed,
             guard,
@@ -195,7 +225,7 @@ impl Sandbox {
     pub async fn add(&self, new: &NewContainer<'_>) -> Result<CreateProcessResponse, ContainerError> {
         let share = self.share.lock().await;
         let share = share.as_ref().ok_or(ContainerError::Stopped)?;
-        let spec_json = add_root(share, new)?;
+        let (spec_json, _) = add_root(share, new.id, new.rootfs, new)?;
         let error = match self.agent.create_container(new.id, spec_json, new.stdio.clone()).await {
             Ok(streams) => return Ok(streams),
             Err(e) => e,
@@ -221,8 +251,9 @@ impl Sandbox {
         if self.gone.borrow().is_none() {
             self.forget(container).await;
         }
+        let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).take_if(|first| first == container);
         if let Some(share) = self.share.lock().await.as_ref() {
-            share.remove_container(container);
+            share.remove_container(if first.is_some() { FIRST_HOME } else { container });
         }
     }
 
@@ -318,10 +349,16 @@ pub(crate) fn guest_files(files: &GuestConfig) -> Result<(), StartError> {
     Ok(())
 }
 
-/// Puts the container's root into the share; answers its specification for the agent.
-fn add_root(share: &Share, new: &NewContainer<'_>) -> Result<Vec<u8>, RootError> {
-    let assembly = share.assemble(new.id, new.rootfs)?;
-    let division = new.plan.divide(|place, hidden| assembly.resolve(place, hidden))?;
+/// Puts the container's root, `rootfs`, into the share's directory `home`; answers its specification for the agent, and
+/// what was divided for it.
+pub(crate) fn add_root(
+    share: &Share,
+    home: &str,
+    rootfs: &[RootMount],
+    new: &NewContainer<'_>,
+) -> Result<(Vec<u8>, Division), RootError> {
+    let assembly = share.assemble(new.id, home, rootfs)?;
+    let division = new.plan.divide(home, |place, hidden| assembly.resolve(place, hidden))?;
     let spec_json = new.plan.spec_json(&division)?;
     assembly.publish(&Content {
         binds: &division.binds,
@@ -329,5 +366,5 @@ fn add_root(share: &Share, new: &NewContainer<'_>) -> Result<Vec<u8>, RootError>
         mountpoints: &division.mountpoints,
         readonly: new.plan.readonly,
     })?;
-    Ok(spec_json)
+    Ok((spec_json, division))
 }

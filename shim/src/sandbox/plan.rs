@@ -5,12 +5,15 @@
 
 use std::path::{Path, PathBuf};
 
-use chsnap_protocol::SHARE_MOUNT;
+use chsnap_protocol::{NOTIFY_SOCKET, PUBLIC_MOUNT, PYTHON_DIR, SHARE_MOUNT};
 use oci_spec::runtime::{Mount, Spec};
 use thiserror::Error;
 
 use super::features;
-use crate::share::Bind;
+use crate::{
+    config::Ready,
+    share::{self, Bind, Mountpoint},
+};
 
 /// A specification that cannot be honoured, or makes no sense.
 #[derive(Debug, Error)]
@@ -34,7 +37,6 @@ pub enum PlanError {
 /// A specification that can be honoured.
 #[derive(Debug)]
 pub struct Plan {
-    container: String,
     /// The root is closed for writing.
     pub readonly: bool,
     /// The container's terminal.
@@ -58,12 +60,15 @@ enum Wanted {
 /// What host and guest do for one container.
 #[derive(Debug, Default)]
 pub struct Division {
+    /// The container's root, as the guest sees it.
+    pub root: PathBuf,
     /// Bound into the root on the host.
     pub binds: Vec<Bind>,
-    /// Bound beside the root on the host, and from there by the guest: their places lie below a mount of the guest's.
+    /// Bound beside the root on the host, and from there by the guest: their places lie below a mount of the guest's, or
+    /// they have options that only the guest can see to.
     pub staged: Vec<Bind>,
     /// Where the guest mounts something.
-    pub mountpoints: Vec<PathBuf>,
+    pub mountpoints: Vec<Mountpoint>,
     /// For the agent.
     pub for_guest: Vec<Mount>,
 }
@@ -94,40 +99,69 @@ impl Plan {
             spec.set_hostname(Some(container.chars().take(MAX_HOSTNAME).collect()));
         }
         if let Some(root) = spec.root_mut() {
-            root.set_path(guest_dir(container).join("rootfs"));
             // The host closes it.
             root.set_readonly(Some(false));
         }
-        Ok(Self { container: container.into(), readonly, terminal, ignored, spec, mounts })
+        Ok(Self { readonly, terminal, ignored, spec, mounts })
     }
 
-    /// Divides the mounts. `resolve` tells where a place leads in the container's root, and is told where the guest
+    /// What a process that can be saved finds in its environment, in every way of starting it.
+    #[must_use]
+    pub fn with_ready(mut self, ready: Option<&Ready>) -> Self {
+        let (Some(ready), Some(process)) = (ready, self.spec.process_mut()) else { return self };
+        let mut env = process.env().clone().unwrap_or_default();
+        let python = format!("{PUBLIC_MOUNT}/{PYTHON_DIR}");
+        match env.iter_mut().find(|variable| variable.starts_with("PYTHONPATH=")) {
+            Some(path) if path.ends_with(&python) => {}
+            Some(path) => *path = format!("{path}:{python}"),
+            None => env.push(format!("PYTHONPATH={python}")),
+        }
+        if *ready == Ready::Notify {
+            env.retain(|variable| !variable.starts_with("NOTIFY_SOCKET="));
+            env.push(format!("NOTIFY_SOCKET={PUBLIC_MOUNT}/{NOTIFY_SOCKET}"));
+        }
+        process.set_env(Some(env));
+        self
+    }
+
+    /// Divides the mounts of a container whose directory in the share is `home`. `resolve` tells where a place leads in the container's root, and is told where the guest
     /// will have mounted something by then: `/var/run/x` may well be below a tmpfs on `/run`.
     ///
     /// # Errors
     /// Those of `resolve`.
-    pub fn divide<E>(&self, mut resolve: impl FnMut(&Path, &[PathBuf]) -> Result<PathBuf, E>) -> Result<Division, E> {
-        let mut division = Division::default();
+    pub fn divide<E>(
+        &self,
+        home: &str,
+        mut resolve: impl FnMut(&Path, &[PathBuf]) -> Result<PathBuf, E>,
+    ) -> Result<Division, E> {
+        let home = Path::new(SHARE_MOUNT).join(home);
+        let mut division = Division { root: home.join("rootfs"), ..Division::default() };
+        let mut hidden: Vec<PathBuf> = Vec::new();
         for wanted in &self.mounts {
             let written = match wanted {
                 Wanted::Bind(bind) => &bind.destination,
                 Wanted::Guest(m) => m.destination(),
             };
-            let destination = resolve(written, &division.mountpoints)?;
-            let below = division.mountpoints.iter().any(|p| destination.starts_with(p));
+            let destination = resolve(written, &hidden)?;
+            let below = hidden.iter().any(|place| destination.starts_with(place));
+            // Below a mount of the guest's, the guest makes the place itself.
+            let mut guest_mounts_there = |is_dir| {
+                if !below {
+                    hidden.push(destination.clone());
+                    division.mountpoints.push(Mountpoint { path: destination.clone(), is_dir });
+                }
+            };
             match wanted {
-                Wanted::Bind(bind) if below => {
+                Wanted::Bind(bind) if below || !share::for_guest(&bind.options).is_empty() => {
+                    guest_mounts_there(bind.source.is_dir());
                     let place = PathBuf::from(format!("binds/{}", division.staged.len()));
-                    let source = guest_dir(&self.container).join(&place);
+                    let source = home.join(&place);
                     division.staged.push(Bind { destination: place, ..bind.clone() });
                     division.for_guest.push(bind_in_guest(destination, source, &bind.options));
                 }
                 Wanted::Bind(bind) => division.binds.push(Bind { destination, ..bind.clone() }),
                 Wanted::Guest(m) => {
-                    // Below a mount of the guest's, the guest makes the place itself.
-                    if !below {
-                        division.mountpoints.push(destination.clone());
-                    }
+                    guest_mounts_there(true);
                     let mut m = m.clone();
                     m.set_destination(destination);
                     division.for_guest.push(m);
@@ -144,7 +178,44 @@ impl Plan {
     pub fn spec_json(&self, division: &Division) -> Result<Vec<u8>, PlanError> {
         let mut spec = self.spec.clone();
         spec.set_mounts(Some(division.for_guest.clone()));
+        if let Some(root) = spec.root_mut() {
+            root.set_path(division.root.clone());
+        }
         Ok(serde_json::to_vec(&spec)?)
+    }
+
+    /// The specification, as it is but for what the host has mounted.
+    #[must_use]
+    pub fn spec(&self) -> &Spec {
+        &self.spec
+    }
+
+    /// The container's limits, as JSON; empty where it has none.
+    ///
+    /// # Errors
+    /// Where they cannot be written.
+    pub fn resources_json(&self) -> Result<Vec<u8>, PlanError> {
+        let resources = self.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        Ok(resources.map(serde_json::to_vec).transpose()?.unwrap_or_default())
+    }
+
+    /// Those of the mounts that the guest makes.
+    pub fn guest_mounts(&self) -> impl Iterator<Item = &Mount> {
+        self.mounts.iter().filter_map(|wanted| match wanted {
+            Wanted::Guest(mount) => Some(mount),
+            Wanted::Bind(_) => None,
+        })
+    }
+}
+
+impl Division {
+    /// The binds that the guest has to make, as JSON.
+    ///
+    /// # Errors
+    /// Where they cannot be written.
+    pub fn staged_json(&self) -> Result<Vec<u8>, PlanError> {
+        let staged: Vec<_> = self.for_guest.iter().filter(|m| m.typ().as_deref() == Some("bind")).collect();
+        Ok(serde_json::to_vec(&staged)?)
     }
 }
 
@@ -153,6 +224,12 @@ fn wanted(m: Mount) -> Result<Wanted, PlanError> {
     let fstype = m.typ().as_deref().unwrap_or_default();
     if fstype == "bind" || options.iter().any(|o| o == "bind" || o == "rbind") {
         let source = m.source().clone().ok_or(PlanError::Missing("source of a bind mount"))?;
+        if let Some(word) = share::unknown_of_bind(&options) {
+            return Err(PlanError::Unsupported {
+                what: format!("the mount option {word:?} of {:?}", m.destination()),
+                hint: "use ro, rro, nosuid, nodev, noexec and those of times; nothing of the guest's is seen by the host",
+            });
+        }
         return Ok(Wanted::Bind(Bind { source, destination: m.destination().clone(), options }));
     }
     if GUEST_TYPES.contains(&fstype) {
@@ -164,13 +241,9 @@ fn wanted(m: Mount) -> Result<Wanted, PlanError> {
     })
 }
 
-/// A container's directory of the share, as the guest sees it.
-fn guest_dir(container: &str) -> PathBuf {
-    Path::new(SHARE_MOUNT).join(container)
-}
-
 fn bind_in_guest(destination: PathBuf, source: PathBuf, options: &[String]) -> Mount {
-    let kept = options.iter().filter(|o| matches!(o.as_str(), "ro" | "nosuid" | "nodev" | "noexec")).cloned();
+    let read_only = share::is_read_only(options).then_some("ro");
+    let kept = read_only.into_iter().chain(share::for_guest(options)).map(String::from);
     let mut m = Mount::default();
     m.set_destination(destination);
     m.set_typ(Some("bind".into()));
@@ -180,132 +253,5 @@ fn bind_in_guest(destination: PathBuf, source: PathBuf, options: &[String]) -> M
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    fn spec(change: impl FnOnce(&mut serde_json::Value)) -> Spec {
-        let mut value = json!({
-            "ociVersion": "1.0.2",
-            "process": {"args": ["/bin/true"], "cwd": "/", "user": {"uid": 0, "gid": 0}},
-            "root": {"path": "rootfs", "readonly": true},
-            "mounts": [
-                {"destination": "/proc", "type": "proc", "source": "proc"},
-                {"destination": "/run", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid"]},
-                {"destination": "/run/lock", "type": "tmpfs", "source": "tmpfs"},
-                {"destination": "/run/secrets", "type": "bind", "source": "/host/s", "options": ["rbind", "ro"]},
-                {"destination": "/etc/hosts", "type": "bind", "source": "/host/hosts", "options": ["rbind"]}
-            ],
-            "linux": {"namespaces": [{"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "mount"}]}
-        });
-        change(&mut value);
-        serde_json::from_value(value).unwrap()
-    }
-
-    fn divide(plan: &Plan) -> Division {
-        plan.divide(|place, _| Ok::<_, ()>(place.into())).unwrap()
-    }
-
-    #[test]
-    fn mounts_are_divided() {
-        let whole = Plan::of("web", spec(|_| ())).unwrap();
-        assert!(whole.readonly);
-        let plan = divide(&whole);
-        assert_eq!(plan.binds.len(), 1);
-        assert_eq!(plan.binds[0].destination, Path::new("/etc/hosts"));
-        assert_eq!(plan.staged.len(), 1, "what the guest's tmpfs would hide is bound by the guest");
-        assert_eq!(plan.mountpoints, [Path::new("/proc"), Path::new("/run")]);
-        let guest: Spec = serde_json::from_slice(&whole.spec_json(&plan).unwrap()).unwrap();
-        assert_eq!(guest.hostname().as_deref(), Some("web"));
-        let mounts = guest.mounts().as_ref().unwrap();
-        assert_eq!(mounts.len(), 4);
-        assert_eq!(mounts[3].source().as_ref().unwrap(), Path::new("/run/chsnap/share/web/binds/0"));
-        assert_eq!(guest.root().as_ref().unwrap().path(), Path::new("/run/chsnap/share/web/rootfs"));
-    }
-
-    #[test]
-    fn a_place_is_judged_by_where_it_leads() {
-        let mounts = json!([
-            {"destination": "/run", "type": "tmpfs", "source": "tmpfs"},
-            {"destination": "/var/run/secrets", "type": "bind", "source": "/host/s", "options": ["rbind", "ro"]},
-            {"destination": "/var/run/lock", "type": "tmpfs", "source": "tmpfs"},
-        ]);
-        let whole = Plan::of("web", spec(|v| v["mounts"] = mounts)).unwrap();
-        let plan = whole.divide(|place, hidden| {
-            assert!(place == Path::new("/run") || hidden == [PathBuf::from("/run")]);
-            Ok::<_, ()>(place.strip_prefix("/var").map_or(place.into(), |rest| Path::new("/").join(rest)))
-        });
-        let plan = plan.unwrap();
-        assert_eq!((plan.binds.len(), plan.staged.len()), (0, 1), "the tmpfs would hide it");
-        assert_eq!(plan.mountpoints, [Path::new("/run")]);
-        let places: Vec<_> = plan.for_guest.iter().map(|m| m.destination().to_str().unwrap()).collect();
-        assert_eq!(places, ["/run", "/run/secrets", "/run/lock"]);
-        assert_eq!(plan.for_guest[1].options().as_deref().unwrap(), ["rbind", "ro"]);
-    }
-
-    #[test]
-    fn a_long_id_becomes_a_name_that_a_kernel_takes() {
-        let id = "x".repeat(76);
-        let plan = Plan::of(&id, spec(|_| ())).unwrap();
-        assert_eq!(plan.spec.hostname().as_deref().unwrap().len(), 63);
-    }
-
-    #[test]
-    fn what_cannot_be_given_is_named() {
-        type Change = fn(&mut serde_json::Value);
-        let cases: [(Change, &str); 16] = [
-            (|v| v["hooks"] = json!({"poststart": [{"path": "/bin/x"}]}), "OCI hooks"),
-            (|v| v["linux"]["devices"] = json!([{"path": "/dev/kvm", "type": "c"}]), "/dev/kvm"),
-            (|v| v["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "ipc"}]), "network namespace"),
-            (|v| v["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"})), "user namespace"),
-            (|v| v["linux"]["namespaces"][0]["path"] = json!("/proc/1/ns/pid"), "PID namespace"),
-            (|v| v["linux"]["namespaces"][3]["path"] = json!("/proc/1/ns/mnt"), "another mount namespace"),
-            (|v| v["linux"]["intelRdt"] = json!({"closID": "gold"}), "linux.intelRdt"),
-            (|v| v["linux"]["personality"] = json!({"domain": "LINUX32"}), "linux.personality"),
-            (|v| v["process"]["scheduler"] = json!({"policy": "SCHED_FIFO", "priority": 1}), "process.scheduler"),
-            (
-                |v| v["process"]["ioPriority"] = json!({"class": "IOPRIO_CLASS_IDLE", "priority": 1}),
-                "process.ioPriority",
-            ),
-            (|v| v["linux"]["resources"] = json!({"cpu": {"cpus": "0-1"}}), "cpu.cpus"),
-            (|v| v["linux"]["resources"] = json!({"cpu": {"realtimeRuntime": 950_000}}), "cpu.realtimeRuntime"),
-            (|v| v["linux"]["resources"] = json!({"blockIO": {"weight": 10}}), "resources.blockIO"),
-            (|v| v["linux"]["resources"] = json!({"network": {"classID": 7}}), "resources.network"),
-            (|v| v["mounts"][0]["type"] = json!("nfs"), "\"nfs\""),
-            (|v| v["process"]["args"] = json!([]), "process.args"),
-        ];
-        for (change, expected) in cases {
-            let error = Plan::of("web", spec(change)).unwrap_err().to_string();
-            assert!(error.contains(expected), "{error}");
-        }
-    }
-
-    #[test]
-    fn what_asks_for_nothing_is_no_reason_to_refuse() {
-        let nothing = json!({
-            "cpu": {"shares": 2, "cpus": "", "mems": "", "realtimeRuntime": 0},
-            "blockIO": {},
-            "network": {},
-            "hugepageLimits": [{"pageSize": "2MB", "limit": 0}]
-        });
-        Plan::of("web", spec(|v| v["linux"]["resources"] = nothing)).unwrap();
-    }
-
-    #[test]
-    fn a_sandbox_s_namespaces_are_no_reason_to_refuse() {
-        let sandbox = |v: &mut serde_json::Value| {
-            v["linux"]["namespaces"][1]["path"] = json!("/run/netns/cni-1");
-            v["linux"]["namespaces"][2]["path"] = json!("/proc/1/ns/ipc");
-            v["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "uts", "path": "/proc/1/ns/uts"}));
-            v["linux"]["personality"] = json!({"domain": "LINUX"});
-        };
-        Plan::of("web", spec(sandbox)).unwrap();
-    }
-
-    #[test]
-    fn host_confinement_is_reported_as_ignored() {
-        let plan = Plan::of("web", spec(|v| v["process"]["apparmorProfile"] = json!("x"))).unwrap();
-        assert_eq!(plan.ignored, ["process.apparmorProfile"]);
-    }
-}
+#[path = "plan_tests.rs"]
+mod tests;

@@ -1,23 +1,31 @@
 //! From what a pod is made of to a guest with its first container: the ways of doing that are tried one after the
 //! other, each with a virtiofsd and a VMM of its own, of which nothing is left when it fails.
 
-use std::{path::PathBuf, time::Duration};
+use std::time::Duration;
 
-use chsnap_protocol::agent::InfoResponse;
+use chsnap_protocol::{
+    FIRST_HOME,
+    agent::{AdoptRequest, CreateProcessResponse, InfoResponse},
+};
 
 use super::{
-    Built, Exposed, Ground, Met, NewContainer, Phases, Request, RootError, StartError, Started, add_root, guest_files,
+    Built, Division, Exposed, Ground, Met, NewContainer, Phases, Request, RootError, StartError, Started, add_root,
+    blueprint::own_environment,
+    guest_files,
     machine::{self, Origin, Patience},
     ways::{self, Candidate, Ways},
 };
 use crate::{
     agent::{Agent, AgentError},
     program::{Freshness, Scout},
-    share::{self, Share, Virtiofsd, VirtiofsdProgram},
+    share::{self, RootMount, Share, Virtiofsd, VirtiofsdProgram},
     state::Way,
     task::chain,
     vmm::{self, Vm, VmSpec},
 };
+
+/// The container in a template's guest.
+pub(crate) const TEMPLATE: &str = "template";
 
 /// Starts virtiofsd and the machine; where it fails, neither runs.
 pub(super) async fn build(
@@ -32,26 +40,23 @@ pub(super) async fn build(
     let virtiofsd = share::find_virtiofsd(&config.share, &mut scout).await?;
     guest_files(&config.guest)?;
     phases.mark("select");
-    let Ways { candidates, mut why_not, wanting } = ways::find(request, driver, &virtiofsd, &mut scout).await;
+    let Ways { candidates, mut why_not, wanting } = ways::find(request, first, driver, &virtiofsd, &mut scout).await;
     if candidates.is_empty() {
         return Err(StartError::Required { why: why_not.join("; ") });
     }
     phases.mark("lookup");
 
     let share = Share::create(ground.dir.path()).map_err(RootError::from)?;
-    let share = ground.share.insert(share);
-    let (share_dir, spec_json) = (share.dir().to_owned(), add_root(share, first)?);
-    let stage = Stage { request, first, spec_json, virtiofsd, share_dir, ground };
+    ground.share = Some(share);
+    let stage = Stage { request, first, virtiofsd, ground };
     for candidate in candidates {
         let way = candidate.way();
         match stage.take(&candidate, phases).await {
             Ok((vm, virtiofsd, met)) => {
-                if way == Way::Base {
-                    why_not.push("this version has no image snapshots".into());
-                }
                 let why_not = Some(why_not.join("; ")).filter(|why| !why.is_empty());
                 let driver = (candidate.driver().kind(), candidate.driver().accelerator());
-                return Ok(Built { vm, virtiofsd, driver, met, started: Started { way, why_not, wanting } });
+                let started = Started { way, why_not, wanting };
+                return Ok(Built { vm, virtiofsd, driver, met, started, snapshot: candidate.into_part_of_root() });
             }
             Err(error) if way == Way::Direct || !may_be_the_snapshots(&error) => return Err(error),
             Err(error) => {
@@ -67,34 +72,78 @@ pub(super) async fn build(
 
 /// False for what a guest that booted would refuse as well.
 fn may_be_the_snapshots(error: &StartError) -> bool {
-    !matches!(error, StartError::Container(AgentError::Refused { .. }) | StartError::Expose(_))
+    !matches!(
+        error,
+        StartError::Container(AgentError::Refused { .. }) | StartError::Expose(_) | StartError::Upper { .. }
+    )
 }
 
 /// What each way starts from.
 struct Stage<'a> {
     request: &'a Request<'a>,
     first: &'a NewContainer<'a>,
-    /// Of the first container, as the agent takes it.
-    spec_json: Vec<u8>,
     virtiofsd: VirtiofsdProgram,
-    share_dir: PathBuf,
     ground: &'a Ground,
 }
 
+/// The first container's root, where the guest finds it.
+struct Root {
+    /// As the agent takes it.
+    spec_json: Vec<u8>,
+    division: Division,
+}
+
 impl Stage<'_> {
-    /// Tries one; where it fails, nothing of it runs.
+    /// Tries one; where it fails, nothing of it runs, and the container's root is as it was.
     async fn take(
         &self,
         candidate: &Candidate,
+        phases: &mut Phases,
+    ) -> Result<(Box<dyn Vm>, Virtiofsd, Met), StartError> {
+        let share = self.ground.share.as_ref().ok_or(StartError::NoShare)?;
+        let Some((seed, difference)) = candidate.seed() else {
+            return self.with_root(candidate, share, self.first.rootfs, phases).await;
+        };
+        let taken = match seed.root.begin(self.first.rootfs, &difference).await {
+            Ok(rootfs) => self.with_root(candidate, share, &rootfs, phases).await,
+            Err(error) => Err(error.into()),
+        };
+        if taken.is_err() {
+            let failed = |source| StartError::Upper { path: seed.root.dir().into(), source };
+            seed.root.take_back(&seed.image).await.map_err(failed)?;
+        }
+        taken
+    }
+
+    async fn with_root(
+        &self,
+        candidate: &Candidate,
+        share: &Share,
+        rootfs: &[RootMount],
+        phases: &mut Phases,
+    ) -> Result<(Box<dyn Vm>, Virtiofsd, Met), StartError> {
+        let (spec_json, division) = add_root(share, FIRST_HOME, rootfs, self.first)?;
+        let served = self.serve(candidate, share, &Root { spec_json, division }, phases).await;
+        if served.is_err() {
+            share.remove_container(FIRST_HOME);
+        }
+        served
+    }
+
+    async fn serve(
+        &self,
+        candidate: &Candidate,
+        share: &Share,
+        root: &Root,
         phases: &mut Phases,
     ) -> Result<(Box<dyn Vm>, Virtiofsd, Met), StartError> {
         let (dir, cgroups) = (self.ground.dir.path(), self.ground.cgroup.dirs());
         let config = self.request.config;
         let spec = machine::spec(config, self.request.shape, dir, cgroups);
         let (cache, socket) = (config.share.cache, &spec.share_socket);
-        let mut virtiofsd = Virtiofsd::spawn(&self.virtiofsd, cache, &self.share_dir, socket, cgroups)?;
+        let mut virtiofsd = Virtiofsd::spawn(&self.virtiofsd, cache, share.dir(), socket, cgroups)?;
         phases.mark("share");
-        match self.machine(candidate, spec, &mut virtiofsd, phases).await {
+        match self.machine(candidate, spec, root, &mut virtiofsd, phases).await {
             Ok((vm, met)) => Ok((vm, virtiofsd, met)),
             Err(error) => {
                 virtiofsd.kill().await;
@@ -107,24 +156,22 @@ impl Stage<'_> {
         &self,
         candidate: &Candidate,
         mut spec: VmSpec,
+        root: &Root,
         virtiofsd: &mut Virtiofsd,
         phases: &mut Phases,
     ) -> Result<(Box<dyn Vm>, Met), StartError> {
         let deadlines = &self.request.config.deadlines;
         let (origin, patience) = match candidate {
-            Candidate::Base(base) => {
-                spec = machine::templates_spec(spec, base.rung);
+            Candidate::Restore(kind, restore) => {
+                spec = machine::templates_spec(spec, *kind, restore.rung);
                 spec.deadline = deadlines.restore.duration();
-                (Origin::Snapshot(base.snapshot.dir()), Patience::restore(deadlines))
+                (Origin::Snapshot(*kind, restore.snapshot.dir()), Some(Patience::restore(deadlines)))
             }
-            Candidate::Direct(_) => (Origin::Boot, Patience::boot(deadlines)),
+            Candidate::Direct(_) => (Origin::Boot, None),
         };
         let vm = machine::start(candidate.driver(), &spec, origin, virtiofsd).await?;
-        let patience = match origin {
-            // A boot's begins when its VMM runs.
-            Origin::Boot => Patience::boot(deadlines),
-            Origin::Snapshot(_) => patience,
-        };
+        // A boot's begins when its VMM runs.
+        let patience = patience.unwrap_or_else(|| Patience::boot(deadlines));
         phases.mark(if candidate.way() == Way::Direct { "vmm" } else { "restore" });
         let met = async {
             let call = deadlines.agent_call.duration();
@@ -132,9 +179,12 @@ impl Stage<'_> {
             match origin {
                 // The guest's own clock says what vm_init.sh and the agent took; the rest is firmware and kernel.
                 Origin::Boot => phases.mark_two("kernel", "agent", init_to_ready(&info)),
-                Origin::Snapshot(_) => phases.mark("resume"),
+                Origin::Snapshot(..) => phases.mark("resume"),
             }
-            self.container(agent, info, phases).await
+            let streams = self.container(candidate.way(), &agent, root).await?;
+            let exposed = Exposed::open(self.ground.dir.path(), &self.request.overrides.expose, &agent).await?;
+            phases.mark("container");
+            Ok(Met { agent, info, streams, exposed })
         };
         match met.await {
             Ok(met) => Ok((vm, met)),
@@ -145,14 +195,26 @@ impl Stage<'_> {
         }
     }
 
-    /// Has the agent create the first container.
-    async fn container(&self, agent: Agent, info: InfoResponse, phases: &mut Phases) -> Result<Met, StartError> {
-        let Self { request, first, spec_json, .. } = self;
-        let created = agent.create_container(first.id, spec_json.clone(), first.stdio.clone()).await;
-        let streams = created.map_err(StartError::Container)?;
-        let exposed = Exposed::open(self.ground.dir.path(), &request.overrides.expose, &agent).await?;
-        phases.mark("container");
-        Ok(Met { agent, info, streams, exposed })
+    /// Has the agent create the first container, or take over the one that is there.
+    async fn container(&self, way: Way, agent: &Agent, root: &Root) -> Result<CreateProcessResponse, StartError> {
+        let (first, config) = (self.first, self.request.config);
+        if way != Way::Image {
+            let created = agent.create_container(first.id, root.spec_json.clone(), first.stdio.clone()).await;
+            return created.map_err(StartError::Container);
+        }
+        let spec = first.plan.spec();
+        let adoption = AdoptRequest {
+            from: TEMPLATE.into(),
+            container_id: first.id.into(),
+            hostname: spec.hostname().clone().unwrap_or_default(),
+            domainname: spec.domainname().clone().unwrap_or_default(),
+            env: own_environment(first.plan, &config.snapshot.pod_env),
+            mounts_json: root.division.staged_json().map_err(RootError::from)?,
+            stdio: Some(first.stdio.clone()).into(),
+            resources_json: first.plan.resources_json().map_err(RootError::from)?,
+            ..Default::default()
+        };
+        agent.adopt(adoption, config.deadlines.hooks.duration()).await.map_err(StartError::Adopt)
     }
 }
 
