@@ -74,7 +74,7 @@ pub async fn select(config: &VmmConfig, scout: &mut Scout) -> Result<Box<dyn Dri
                 let rungs = scout.own_rungs(&program).await;
                 rungs.map_err(|error| SelectError::Unusable { kind: vmm, problem: mute(error) })?
             };
-            Ok(Box::new(CloudHypervisor { program, own_rungs }))
+            Ok(Box::new(CloudHypervisor { program, own_rungs, memory_restore: config.memory_restore }))
         }
     }
 }

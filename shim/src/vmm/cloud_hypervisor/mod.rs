@@ -40,7 +40,7 @@ use super::{
     arch::Arch,
     process::{Launch, Leash, Process},
 };
-use crate::child;
+use crate::{child, config::MemoryRestore};
 
 /// The name of its program.
 pub const PROGRAM: &str = "cloud-hypervisor";
@@ -57,6 +57,8 @@ pub struct CloudHypervisor {
     pub program: PathBuf,
     /// The rungs whose masks it has options for; those of others are put upon it from outside.
     pub own_rungs: BTreeSet<Rung>,
+    /// When it reads a snapshot's memory.
+    pub memory_restore: MemoryRestore,
 }
 
 #[derive(Debug)]
@@ -126,6 +128,8 @@ impl CloudHypervisor {
             listener.set_nonblocking(true)?;
             UnixListener::from_std(listener)
         })?;
+        // The VMM binds that one itself, and a killed one leaves it.
+        socket("vsock", || make_way(&vsock))?;
         let (api, api_fd) = socket("API", || api_socket(&spec.run_dir.join("api.sock"), spec.deadline))?;
         let (events, events_fd) = socket("event", || {
             let (ours, theirs) = StdStream::pair()?;
@@ -174,7 +178,7 @@ impl CloudHypervisor {
         match order {
             Order::Boot => machine::boot(api, spec, vsock).await?,
             Order::Wait => own::runs(api, spec.deadline).await?,
-            Order::Restore(from) => snapshot::load(api, from).await?,
+            Order::Restore(from) => snapshot::load(api, from, self.memory_restore).await?,
         }
         Ok(())
     }
@@ -218,9 +222,14 @@ fn socket<T>(what: &'static str, make: impl FnOnce() -> io::Result<T>) -> Result
 
 /// Listens there, in the place of a machine that did not start.
 fn bind_again(path: &Path) -> io::Result<StdListener> {
+    make_way(path).and_then(|()| StdListener::bind(path))
+}
+
+/// For a socket in the place of one of a machine that is gone.
+fn make_way(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => StdListener::bind(path),
+        _ => Ok(()),
     }
 }
 

@@ -8,7 +8,10 @@ use std::{fs, io, os::unix::fs::symlink, path::Path};
 use serde_json::{Value, json};
 
 use super::{api::Api, own::text};
-use crate::vmm::{BootError, ControlError, VmSpec};
+use crate::{
+    config::MemoryRestore,
+    vmm::{BootError, ControlError, VmSpec},
+};
 
 /// In a snapshot's directory.
 const CONFIG: &str = "config.json";
@@ -22,8 +25,13 @@ pub async fn save(api: &Api, into: &Path) -> Result<(), ControlError> {
 }
 
 /// Reads the machine, and starts its CPUs.
-pub async fn load(api: &Api, from: &Path) -> Result<(), ControlError> {
-    api.put("vm.restore", Some(&json!({ "source_url": url(from)?, "resume": true }))).await
+pub async fn load(api: &Api, from: &Path, memory: MemoryRestore) -> Result<(), ControlError> {
+    let mode = match memory {
+        MemoryRestore::Copy => "Copy",
+        MemoryRestore::OnDemand => "OnDemand",
+    };
+    let order = json!({ "source_url": url(from)?, "resume": true, "memory_restore_mode": mode });
+    api.put("vm.restore", Some(&order)).await
 }
 
 /// A snapshot as it is for one machine; gone when dropped.

@@ -43,7 +43,7 @@ fn machine(landlock: bool) -> Value {
 }
 
 fn driver(program: impl Into<PathBuf>) -> CloudHypervisor {
-    CloudHypervisor { program: program.into(), own_rungs: BTreeSet::new() }
+    CloudHypervisor { program: program.into(), own_rungs: BTreeSet::new(), memory_restore: MemoryRestore::Copy }
 }
 
 /// Has the driver start the machine on a server that expects these requests and gives these recorded answers.
