@@ -11,13 +11,13 @@ use oci_spec::runtime::Spec;
 use tokio::sync::Mutex;
 
 use super::{
-    Container, Service, TaskError, options,
+    Container, Service, TaskError, chain, options,
     process::Process,
     stdio::{Local, Paths},
 };
 use crate::{
     config::{Annotations, Config, Shape},
-    sandbox::{NewContainer, Phases, Plan, Request, Sandbox, StartError, dir_of},
+    sandbox::{NewContainer, Phases, Plan, Request, Sandbox, StartError, Started, Wanting, dir_of},
     share::RootMount,
     state::{self, Exposed, State},
     template::{self, Order},
@@ -50,7 +50,7 @@ impl Service {
             .map(|p| p.display().to_string())
             .unwrap_or_default();
         let root = spec.root().as_ref().map(|r| r.path().clone()).unwrap_or_default();
-        let plan = Plan::of(&request.id, spec)?;
+        let plan = Plan::of(&request.id, spec)?.with_ready(overrides.ready.as_ref());
         if !plan.ignored.is_empty() {
             log::info!("not applied inside the VM: {}", plan.ignored.join(", "));
         }
@@ -76,6 +76,7 @@ impl Service {
             .place(
                 &new,
                 &Request {
+                    containerd: &self.address,
                     namespace: &self.namespace,
                     id: &self.id,
                     config: &config,
@@ -89,12 +90,30 @@ impl Service {
         let init = Arc::new(Process::new(&request.id, "", paths, streams, local, sandbox.pid()));
         // From the next line on, an end may be told.
         created.pid = init.pid();
+        if request.id == self.id {
+            created.checkpoint = restored_from(sandbox.started());
+        }
         self.events.publish(created).await;
         self.watch_created(&init, &sandbox);
         let container =
             Arc::new(Container { id: request.id.clone(), bundle: request.bundle, init, execs: Mutex::default() });
         self.containers.lock().await.insert(request.id, Arc::clone(&container));
         Ok(container)
+    }
+
+    /// Takes down a container that nobody waits for any more, see `callers.rs`, and with the last one the shim.
+    pub(super) async fn abandon(&self, id: String, created: Result<Arc<Container>, TaskError>) -> TaskError {
+        let gone = match created {
+            Ok(container) => self.delete_container(&container).await,
+            Err(e) => Err(e),
+        };
+        if let Err(e) = gone {
+            log::warn!("container {id}: {}", chain(&e));
+        }
+        if self.containers.lock().await.is_empty() {
+            self.exit.signal();
+        }
+        TaskError::Abandoned(id)
     }
 
     /// Puts the container into the pod's machine, which the first one starts.
@@ -129,11 +148,24 @@ impl Service {
             request.id,
             state.phases_us
         );
-        if started.wanting {
-            template::launch(Order::of(request.config, request.overrides, request.shape)).await;
+        if let Some(wanting) = &started.wanting {
+            let order = Order::of(request.config, request.overrides, request.shape);
+            template::launch(match wanting {
+                Wanting::Base => order,
+                Wanting::Image(blueprint) => order.of_image(blueprint, new.rootfs, request.place(new.id)),
+            })
+            .await;
         }
         *slot = Some(Arc::clone(&sandbox));
         Ok((streams, sandbox))
+    }
+}
+
+/// The way, and why it was not a better one, in the field in which containerd names what a task was restored from.
+fn restored_from(started: &Started) -> String {
+    match &started.why_not {
+        Some(why) => format!("{}: {why}", started.way),
+        None => started.way.to_string(),
     }
 }
 

@@ -104,6 +104,9 @@ pub enum TaskError {
     /// The agent.
     #[error("the guest refused")]
     Agent(#[from] AgentError),
+    /// Nobody waits for the container; the text is only for the log.
+    #[error("containerd went away before the container {0:?} was created, so it was taken down")]
+    Abandoned(String),
     /// The machine is gone.
     #[error("the pod's VM is gone: {0}")]
     Gone(String),
@@ -131,7 +134,7 @@ impl TaskError {
             | Self::Shape(_)
             | Self::Stdio(_) => Code::INVALID_ARGUMENT,
             Self::Agent(AgentError::Refused { code, .. }) => *code,
-            Self::Gone(_) => Code::UNAVAILABLE,
+            Self::Gone(_) | Self::Abandoned(_) => Code::UNAVAILABLE,
             Self::Checkpoint(_) | Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::Bundle { .. }
             | Self::Start(_)

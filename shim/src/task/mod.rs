@@ -11,10 +11,12 @@ use std::{
 use containerd_shim::ExitSignal;
 use tokio::{sync::Mutex, task::JoinSet, time::timeout};
 
+mod callers;
 mod clean_up;
 mod create;
 mod error;
 mod events;
+mod info;
 mod options;
 mod process;
 mod run;
@@ -28,6 +30,7 @@ pub use events::Events;
 pub use process::{Exit, Life, Process};
 pub use service::Api;
 
+use self::callers::Callers;
 use crate::sandbox::Sandbox;
 
 /// A container and its processes.
@@ -52,6 +55,8 @@ impl Container {
 /// The state behind the API.
 pub struct Service {
     namespace: String,
+    /// containerd's, for its client.
+    address: String,
     /// The sandbox's id: that of the container for which the shim was started.
     id: String,
     events: Arc<Events>,
@@ -60,6 +65,7 @@ pub struct Service {
     /// Held for as long as the machine starts or stops, so that there is one at most.
     sandbox: Mutex<Option<Arc<Sandbox>>>,
     watchers: Watchers,
+    callers: Callers,
     /// containerd asked for everything in the log, whatever the configuration says.
     debug: bool,
 }
@@ -94,13 +100,27 @@ impl Service {
         Self {
             namespace: namespace.into(),
             id: id.into(),
+            address: String::new(),
             events,
             exit,
             containers: Mutex::default(),
             sandbox: Mutex::default(),
             watchers: Watchers::default(),
+            callers: Callers::default(),
             debug,
         }
+    }
+
+    /// The same, with the address of containerd's socket.
+    #[must_use]
+    pub fn of(self, address: &str) -> Self {
+        Self { address: address.into(), ..self }
+    }
+
+    /// Nothing is there, and nothing is on its way.
+    fn is_unused(&self) -> bool {
+        let machine = self.sandbox.try_lock().map_or(true, |sandbox| sandbox.is_some());
+        !machine && self.containers.try_lock().is_ok_and(|containers| containers.is_empty())
     }
 
     async fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {

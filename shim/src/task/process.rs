@@ -1,6 +1,9 @@
 //! One process of a container: the container's own (exec id empty) or an exec.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use chsnap_protocol::agent::CreateProcessResponse;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
@@ -71,6 +74,8 @@ pub struct Process {
     owed: watch::Sender<bool>,
     pid: watch::Sender<u32>,
     guest_pid: watch::Sender<u32>,
+    /// OOM kills that containerd has heard of.
+    oom_told: AtomicU64,
 }
 
 impl std::fmt::Debug for Local {
@@ -80,6 +85,16 @@ impl std::fmt::Debug for Local {
 }
 
 impl Process {
+    /// Whether that is more than containerd has heard of; it has, then.
+    pub fn owes_oom(&self, kills: u64) -> bool {
+        self.oom_told.fetch_max(kills, Ordering::Relaxed) < kills
+    }
+
+    /// Of how many it has.
+    pub fn oom_told(&self) -> u64 {
+        self.oom_told.load(Ordering::Relaxed)
+    }
+
     /// A created process. `pid` is 0 until it is known.
     #[must_use]
     pub fn new(
@@ -102,6 +117,7 @@ impl Process {
             owed: watch::Sender::new(false),
             pid: watch::Sender::new(pid),
             guest_pid: watch::Sender::new(0),
+            oom_told: AtomicU64::new(0),
         }
     }
 

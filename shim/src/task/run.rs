@@ -18,6 +18,7 @@ use super::{
 use crate::{
     agent::AgentError,
     sandbox::{Sandbox, settled},
+    sys,
 };
 
 const SIGKILL: u32 = 9;
@@ -26,6 +27,8 @@ const NOT_STARTED: u32 = 127;
 const KILLED: u32 = 128 + SIGKILL;
 /// How long after a broken channel the machine's end may take to show.
 const GRACE: Duration = Duration::from_secs(2);
+/// Between two events of that kind.
+const OOM_PAUSE: Duration = Duration::from_secs(1);
 /// How long the end of a container waits for those of its execs, which the guest's kernel kills with it.
 const EXECS: Duration = Duration::from_secs(5);
 
@@ -65,6 +68,10 @@ impl Service {
         }
         self.tell_started(process).await;
         let container = if process.exec.is_empty() { self.container(&process.container).await.ok() } else { None };
+        if container.is_some() {
+            sys::unmap_code();
+            self.watchers.add(watch_oom(Arc::clone(&self.events), Arc::clone(process), Arc::clone(&sandbox)));
+        }
         self.watchers.add(watch(Arc::clone(&self.events), Arc::clone(process), container, sandbox));
         Ok(process.pid())
     }
@@ -251,6 +258,29 @@ async fn watch_created(events: Arc<Events>, process: Arc<Process>, sandbox: Arc<
     }
 }
 
+/// Tells of processes of the container that the guest's OOM killer ends, for as long as its own lives.
+async fn watch_oom(events: Arc<Events>, process: Arc<Process>, sandbox: Arc<Sandbox>) {
+    let mut gone = sandbox.gone();
+    loop {
+        let kills = tokio::select! {
+            kills = sandbox.agent().wait_oom(&process.container, process.oom_told()) => kills,
+            _ = settled(&mut gone) => return,
+        };
+        if !kills.is_ok_and(|kills| process.owes_oom(kills)) {
+            return;
+        }
+        tell_oom(&events, &process).await;
+        // However many there are, and whatever the guest says.
+        sleep(OOM_PAUSE).await;
+    }
+}
+
+async fn tell_oom(events: &Events, process: &Process) {
+    let mut event = TaskOOM::new();
+    event.container_id = process.container.clone();
+    events.publish(event).await;
+}
+
 /// Waits for a process's end and tells it, once, whatever ends first: the process or its machine. That of a container's
 /// own is told after those of its execs, as containerd's runc shim does: what hears of it forgets the container.
 async fn watch(events: Arc<Events>, process: Arc<Process>, container: Option<Arc<Container>>, sandbox: Arc<Sandbox>) {
@@ -258,10 +288,8 @@ async fn watch(events: Arc<Events>, process: Arc<Process>, container: Option<Arc
     let exit = tokio::select! {
         answer = sandbox.agent().wait(&process.container, &process.exec) => match answer {
             Ok(end) => {
-                if end.oom_killed && process.exec.is_empty() {
-                    let mut event = TaskOOM::new();
-                    event.container_id = process.container.clone();
-                    events.publish(event).await;
+                if process.exec.is_empty() && process.owes_oom(end.oom_kills) {
+                    tell_oom(&events, &process).await;
                 }
                 Some(Exit::at_ns(end.exit_status, end.exited_at_ns))
             }

@@ -4,21 +4,40 @@
 //! are the same, so the service is registered under both names, and a containerd that does not offer version 3 in
 //! its environment is answered in version 2's way: the bare address.
 
-use std::{collections::HashMap, env, io, os::fd::AsFd, path::PathBuf, sync::Arc};
+use std::{
+    collections::HashMap,
+    env, io,
+    os::{
+        fd::AsFd,
+        unix::net::{UnixListener as StdListener, UnixStream as StdStream},
+    },
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use containerd_shim::{
     Config as ShimConfig, DeleteResponse, Error, ExitSignal, Flags, Shim, StartOpts, asynchronous as shim,
     publisher::RemotePublisher,
 };
-use containerd_shim_protos::{shim_async::create_task, ttrpc::r#async::Server};
+use containerd_shim_protos::{
+    protobuf::well_known_types::any::Any, shim_async::create_task, ttrpc::r#async::Server,
+    types::introspection::RuntimeInfo,
+};
 use thiserror::Error as ThisError;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    net::UnixListener,
+    signal::unix::{SignalKind, signal},
+};
 
-use super::{Api, Events, Exit, Service, clean_up::clean_up};
+use super::{Api, Events, Exit, Service, clean_up::clean_up, info::runtime_info};
 
 /// The runtime's name at containerd.
 pub const RUNTIME: &str = "io.containerd.chsnap.v2";
+
+/// containerd creates the container a moment after it has started the shim.
+const UNUSED: Duration = Duration::from_secs(60);
 
 const V2: &str = "containerd.task.v2.Task";
 const V3: &str = "containerd.task.v3.Task";
@@ -89,6 +108,10 @@ impl Shim for Actions {
 
     async fn wait(&mut self) {}
 
+    fn runtime_info(_: &str, _: Option<&Any>) -> Result<RuntimeInfo, Error> {
+        Ok(runtime_info())
+    }
+
     /// Never called: [`serve`] runs the server.
     async fn create_task_service(&self, publisher: RemotePublisher) -> Api {
         let events = Events::new(&self.namespace, &publisher.address);
@@ -107,7 +130,7 @@ pub async fn start(opts: StartOpts) -> Result<String, Error> {
         shim::spawn(opts, &pod, Vec::new()).await?;
         // spawn() answers when the server listens or has ended; in the second case the reason is on our stderr.
         let socket = address.strip_prefix("unix://").unwrap_or(&address);
-        if std::os::unix::net::UnixStream::connect(socket).is_err() {
+        if StdStream::connect(socket).is_err() {
             return Err(Error::Other("the shim's server did not start".into()));
         }
     }
@@ -139,8 +162,9 @@ pub async fn serve(flags: &Flags) -> Result<(), ServeError> {
     containerd_shim::logger::init(flags.debug, "info", &flags.namespace, &flags.id)?;
     let exit = Arc::new(ExitSignal::default());
     let events = Arc::new(Events::new(&flags.namespace, &containerd));
-    let service = Arc::new(Service::new(&flags.namespace, &flags.id, events, Arc::clone(&exit), flags.debug));
-    let listener = listen(&flags.socket)?;
+    let service = Service::new(&flags.namespace, &flags.id, events, Arc::clone(&exit), flags.debug);
+    let service = Arc::new(service.of(&flags.address));
+    let listener = service.callers.listener(listen(&flags.socket)?);
     let mut server = Server::new().add_listener(listener).register_service(both_names(&service));
     server.start().await?;
     // `start` waits for the end of our stdout, and then tells containerd the address.
@@ -151,6 +175,7 @@ pub async fn serve(flags: &Flags) -> Result<(), ServeError> {
         () = exit.wait() => {}
         _ = term.recv() => log::info!("SIGTERM: stopping the pod"),
         _ = int.recv() => log::info!("SIGINT: stopping the pod"),
+        () = unused(&service) => log::warn!("nobody has created a container for {UNUSED:?}: this shim is not needed"),
     }
     service.stop().await;
     let _ = server.shutdown().await;
@@ -160,23 +185,33 @@ pub async fn serve(flags: &Flags) -> Result<(), ServeError> {
     Ok(())
 }
 
-fn listen(address: &str) -> Result<ttrpc::r#async::transport::Listener, ServeError> {
+/// Until there is nothing that this process is for, and has not been for a while: containerd may change its mind between
+/// `start` and Create, and then forgets the shim.
+async fn unused(service: &Service) {
+    let mut since = 0;
+    while since < 2 {
+        tokio::time::sleep(UNUSED / 2).await;
+        since = if service.is_unused() { since + 1 } else { 0 };
+    }
+}
+
+fn listen(address: &str) -> Result<UnixListener, ServeError> {
     let failed = |source| ServeError::Listen { address: address.into(), source };
     let path = PathBuf::from(address.strip_prefix("unix://").unwrap_or(address));
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir).map_err(failed)?;
     }
-    let bound = std::os::unix::net::UnixListener::bind(&path).or_else(|e| {
+    let bound = StdListener::bind(&path).or_else(|e| {
         // A shim of the same name that was killed; a living one answers.
-        if e.kind() == io::ErrorKind::AddrInUse && std::os::unix::net::UnixStream::connect(&path).is_err() {
+        if e.kind() == io::ErrorKind::AddrInUse && StdStream::connect(&path).is_err() {
             std::fs::remove_file(&path)?;
-            return std::os::unix::net::UnixListener::bind(&path);
+            return StdListener::bind(&path);
         }
         Err(e)
     });
     let bound = bound.map_err(failed)?;
     bound.set_nonblocking(true).map_err(failed)?;
-    ttrpc::r#async::transport::Listener::try_from(bound).map_err(failed)
+    UnixListener::from_std(bound).map_err(failed)
 }
 
 fn both_names(service: &Arc<Service>) -> HashMap<String, ttrpc::r#async::Service> {

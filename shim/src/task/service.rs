@@ -38,8 +38,14 @@ async fn to_its_end<T: Send + 'static>(work: impl Future<Output = Result<T, Task
 impl Task for Api {
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> Answer<CreateTaskResponse> {
         let service = Arc::clone(&self.0);
+        let asking = service.callers.present();
         to_its_end(async move {
-            let container = service.create_container(request).await?;
+            let id = request.id.clone();
+            let created = service.create_container(request).await;
+            if service.callers.all_gone(&asking) {
+                return Err(service.abandon(id, created).await);
+            }
+            let container = created?;
             let mut answer = CreateTaskResponse::new();
             answer.pid = container.init.pid();
             Ok(answer)
