@@ -2,19 +2,24 @@
 //!
 //! `bare CONFIG ROOTFS SOCKET PROGRAM [ARG...]` serves ROOTFS with virtiofsd, boots the configured VMM, starts PROGRAM
 //! through the agent, forwards the UNIX socket SOCKET to port 8080, prints what each step took as one line of JSON, and
-//! ends when its stdin does.
+//! ends when its stdin does. `bare --restore SNAPSHOT CONFIG ROOTFS SOCKET` restores the image snapshot in that directory
+//! instead, over ROOTFS.
 
 use std::{env, error::Error, path::PathBuf, time::Instant};
 
 use chsnap::{
-    agent::Agent,
+    agent::{Agent, Fresh},
     config::{Config, Expose},
     program::{Freshness, Scout},
     sandbox::{Division, Exposed, Plan},
-    share::{self, Content, RootMount, Share, Virtiofsd},
+    share::{self, Content, Overlay, RootMount, Share, Virtiofsd},
+    snapshot::ROOT,
     vmm::{self, VmSpec},
 };
-use chsnap_protocol::agent::Stdio;
+use chsnap_protocol::{
+    FIRST_HOME,
+    agent::{AdoptRequest, Stdio},
+};
 use tokio::io::AsyncReadExt;
 
 const NAME: &str = "bare";
@@ -27,17 +32,28 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 async fn run(began: Instant) -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = env::args().skip(1).collect();
-    let [config, rootfs, socket, program @ ..] = &args[..] else {
-        return Err("usage: bare CONFIG ROOTFS SOCKET PROGRAM [ARG...]".into());
+    let (snapshot, args) = match &args[..] {
+        [flag, snapshot, rest @ ..] if flag == "--restore" => (Some(PathBuf::from(snapshot)), rest),
+        all => (None, all),
+    };
+    let [config, rootfs, socket, program @ ..] = args else {
+        return Err("usage: bare [--restore SNAPSHOT] CONFIG ROOTFS SOCKET [PROGRAM [ARG...]]".into());
     };
     let config = Config::load(Some(config.as_ref()))?;
     let dir = PathBuf::from(socket).with_extension("d");
-    std::fs::create_dir_all(&dir)?;
     let share = Share::create(&dir)?;
     let plan = Plan::of(NAME, serde_json::from_value(spec(program))?)?;
-    let root = [RootMount { fstype: "bind".into(), source: rootfs.clone(), options: vec!["rbind".into()] }];
-    let assembly = share.assemble(NAME, &root)?;
-    let division = plan.divide(|place, hidden| assembly.resolve(place, hidden))?;
+    let root = match &snapshot {
+        None => RootMount { fstype: "bind".into(), source: rootfs.clone(), options: vec!["rbind".into()] },
+        Some(snapshot) => {
+            let (upper, work) = (dir.join("upper"), dir.join("work"));
+            std::fs::create_dir(&upper)?;
+            std::fs::create_dir(&work)?;
+            Overlay::mount(&[snapshot.join(ROOT), rootfs.into()], &upper, &work)
+        }
+    };
+    let assembly = share.assemble(NAME, FIRST_HOME, &[root])?;
+    let division = plan.divide(FIRST_HOME, |place, hidden| assembly.resolve(place, hidden))?;
     let spec_json = plan.spec_json(&division)?;
     let Division { binds, staged, mountpoints, .. } = &division;
     assembly.publish(&Content { binds, staged, mountpoints, readonly: false })?;
@@ -59,11 +75,21 @@ async fn run(began: Instant) -> Result<(), Box<dyn Error>> {
         snapshot_dir: None,
         deadline: config.deadlines.boot.duration(),
     };
-    let vm = driver.boot(&spec).await?;
+    let vm = match &snapshot {
+        None => driver.boot(&spec).await?,
+        Some(snapshot) => driver.restore(&spec, snapshot).await?,
+    };
     let spawned = began.elapsed();
     let (agent, _) = Agent::open(vm.channel().await?, config.deadlines.agent_call.duration()).await?;
     let agent_up = began.elapsed();
-    agent.create_container(NAME, spec_json, Stdio::default()).await?;
+    if snapshot.is_some() {
+        agent.resume(Fresh::new()?, false).await?;
+        let (from, container_id) = ("template".into(), NAME.into());
+        let adoption = AdoptRequest { from, container_id, hostname: NAME.into(), ..Default::default() };
+        agent.adopt(adoption, config.deadlines.hooks.duration()).await?;
+    } else {
+        agent.create_container(NAME, spec_json, Stdio::default()).await?;
+    }
     agent.start(NAME, "").await?;
     let started = began.elapsed();
     // `<dir>/8080.sock`, under the name the caller chose.
@@ -83,10 +109,10 @@ async fn run(began: Instant) -> Result<(), Box<dyn Error>> {
     drop(exposed);
     vm.kill().await;
     virtiofsd.kill().await;
-    share.remove_container(NAME);
+    share.remove_container(FIRST_HOME);
     drop(share);
     let _ = std::fs::remove_file(socket);
-    std::fs::remove_dir(&dir)?;
+    std::fs::remove_dir_all(&dir)?;
     Ok(())
 }
 
@@ -97,7 +123,7 @@ fn spec(program: &[String]) -> serde_json::Value {
     serde_json::json!({
         "ociVersion": "1.0.2",
         "process": {
-            "args": program, "cwd": "/", "user": {"uid": 0, "gid": 0},
+            "args": if program.is_empty() { vec!["none".to_owned()] } else { program.to_vec() }, "cwd": "/", "user": {"uid": 0, "gid": 0},
             "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
         },
         "root": {"path": "rootfs"},

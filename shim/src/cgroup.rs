@@ -79,20 +79,30 @@ impl Cgroup {
         Ok(Self { dirs: dirs_of(cgroups_path, pod)?.into_iter().filter(|d| d.is_dir()).collect() })
     }
 
-    /// Bounds what the processes in it take: that many bytes of memory, and of the CPUs a tenth of what others get
-    /// who want them at the same time.
+    /// Bounds what the processes in it take: that many bytes of memory, so many CPUs, and of them a tenth of what others
+    /// get who want them at the same time.
     ///
     /// # Errors
     /// Where the kernel refuses one of them.
-    pub fn bound(&self, memory: u64) -> io::Result<()> {
+    pub fn bound(&self, memory: u64, cpus: u32) -> io::Result<()> {
+        const PERIOD_US: u32 = 100_000;
+        let quota = cpus * PERIOD_US;
         for dir in &self.dirs {
             let unified = dir.join("cgroup.controllers").exists();
             if unified {
                 pass_controllers(dir);
             }
             let bounds = match unified {
-                true => [("cpu.weight", "10".to_owned()), ("memory.max", memory.to_string())],
-                false => [("cpu.shares", "102".to_owned()), ("memory.limit_in_bytes", memory.to_string())],
+                true => [
+                    ("cpu.weight", "10".to_owned()),
+                    ("cpu.max", format!("{quota} {PERIOD_US}")),
+                    ("memory.max", memory.to_string()),
+                ],
+                false => [
+                    ("cpu.shares", "102".to_owned()),
+                    ("cpu.cfs_quota_us", quota.to_string()),
+                    ("memory.limit_in_bytes", memory.to_string()),
+                ],
             };
             for (name, value) in bounds {
                 let file = dir.join(name);
@@ -278,7 +288,7 @@ mod tests {
         };
         let dirs = cgroup.dirs().to_vec();
         assert!(dirs.iter().all(|d| d.is_dir()));
-        cgroup.bound(64 << 20).unwrap();
+        cgroup.bound(64 << 20, 1).unwrap();
         let read = |names: [&str; 2]| {
             let files = dirs.iter().flat_map(|d| names.map(|name| d.join(name)));
             files.filter_map(|file| fs::read_to_string(file).ok()).next().map(|text| text.trim().to_owned())

@@ -2,7 +2,7 @@
 //!
 //! Each concern is a room with one door. Data flows one way: `task` (containerd's API) → `sandbox` (a pod's life)
 //! → `share` (its root file systems), `vmm` (the machine), `agent` (the guest). `config` says how, `snapshot` from what;
-//! `template` builds snapshots beside the pods.
+//! `template` builds snapshots beside the pods, `origin` asks containerd of which image a root is.
 //! `docs/architecture.md` follows one `ctr run` through the rooms.
 
 pub mod agent;
@@ -13,6 +13,7 @@ pub mod doctor;
 mod files;
 mod guest;
 pub mod image;
+pub mod origin;
 pub mod program;
 mod ring;
 pub mod sandbox;

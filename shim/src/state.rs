@@ -53,6 +53,8 @@ pub struct State {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Way {
+    /// A guest in which the image's process had initialised was restored.
+    Image,
     /// A guest with kernel and agent up was restored, and the container started in it.
     Base,
     /// The kernel was booted.
@@ -62,6 +64,7 @@ pub enum Way {
 impl fmt::Display for Way {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Image => "image",
             Self::Base => "base",
             Self::Direct => "direct",
         })

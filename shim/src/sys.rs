@@ -1,13 +1,16 @@
-//! What has to happen between fork and exec. With `vmm/kvm/sys.rs` the only `unsafe` there is.
+//! What has to happen between fork and exec, and other direct calls. With `vmm/kvm/sys.rs` the only `unsafe` there is.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io,
     os::fd::{AsRawFd, OwnedFd},
+    ptr,
 };
 
 use nix::{
+    errno::Errno,
     fcntl::{FcntlArg, FdFlag, fcntl},
+    mount::MsFlags,
     sched::{CloneFlags, setns},
     sys::{prctl, signal::Signal},
     unistd,
@@ -76,6 +79,52 @@ pub(crate) fn stand_back() -> io::Result<()> {
     }
 }
 
+/// Sets flags on the mount behind `tree` and on all below it: mount_setattr(2), since Linux 5.12.
+pub(crate) fn restrict_tree(tree: &OwnedFd, flags: MsFlags) -> nix::Result<()> {
+    let attributes = [
+        (MsFlags::MS_RDONLY, libc::MOUNT_ATTR_RDONLY),
+        (MsFlags::MS_NOSUID, libc::MOUNT_ATTR_NOSUID),
+        (MsFlags::MS_NODEV, libc::MOUNT_ATTR_NODEV),
+        (MsFlags::MS_NOEXEC, libc::MOUNT_ATTR_NOEXEC),
+    ];
+    let set = attributes.iter().filter(|(flag, _)| flags.contains(*flag)).map(|(_, set)| set).sum();
+    let attr = libc::mount_attr { attr_set: set, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    let whole = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
+    // SAFETY: the path is NUL-terminated, and the structure the kernel's mount_attr, of the size passed.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            whole,
+            &raw const attr,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    Errno::result(result).map(drop)
+}
+
+/// Gives back the mappings of this program's code: what runs again is mapped again, from the page cache. To start a pod takes
+/// most of the program, to watch over one takes little of it, and there is a shim for each.
+pub(crate) fn unmap_code() {
+    let code = |line: &str, program: &str| -> Option<(usize, usize)> {
+        let mut words = line.split_ascii_whitespace();
+        let (range, mode) = (words.next()?, words.next()?);
+        let (start, end) = range.split_once('-')?;
+        let is_code = mode == "r-xp" && line.ends_with(program);
+        is_code.then_some((usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?))
+    };
+    let Ok(program) = fs::read_link("/proc/self/exe") else { return };
+    let program = format!(" {}", program.display());
+    let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    for (start, end) in maps.lines().filter_map(|line| code(line, &program)) {
+        let code = ptr::with_exposed_provenance_mut(start);
+        // SAFETY: a private mapping of this program's file that cannot be written through, so its pages are the file's, and
+        // come again from there. Relocated data has mappings of its own.
+        unsafe { libc::madvise(code, end - start, libc::MADV_DONTNEED) };
+    }
+}
+
 /// Last, for it is not known to let the other calls through.
 fn install(filter: &BpfProgram) -> io::Result<()> {
     seccompiler::apply_filter(filter).map_err(|error| match error {
@@ -95,4 +144,34 @@ fn close_others_on_exec() {
 /// The number under which `fd` is known to a child that keeps it.
 pub(crate) fn number(fd: &OwnedFd) -> i32 {
     fd.as_raw_fd()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of the mappings of this program's code, in KiB.
+    fn resident() -> u64 {
+        let program = fs::read_link("/proc/self/exe").unwrap();
+        let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
+        let (mut code, mut sum) = (false, 0);
+        for line in smaps.lines() {
+            match line.split_ascii_whitespace().collect::<Vec<_>>()[..] {
+                ["Rss:", kib, "kB"] if code => sum += kib.parse::<u64>().unwrap(),
+                [range, mode, ..] if range.contains('-') => {
+                    code = mode == "r-xp" && line.ends_with(program.to_str().unwrap());
+                }
+                _ => {}
+            }
+        }
+        sum
+    }
+
+    #[test]
+    fn code_that_was_given_back_still_runs() {
+        let before = resident();
+        unmap_code();
+        let after = resident();
+        assert!(after < before / 2, "{after} of {before} KiB");
+    }
 }

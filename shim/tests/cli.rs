@@ -210,11 +210,21 @@ fn doctor_is_content_where_everything_is_there() {
     let path =
         env::join_paths([&tools, shims, Path::new("/usr/bin"), Path::new("/usr/sbin"), Path::new("/bin")]).unwrap();
     let config = format!("[vmm]\nchoice = 'qemu'\n[guest]\nkernel = {:?}\ninitramfs = {:?}\n", needed[1], needed[2]);
-    let output = doctor(path.to_str().unwrap(), &config, &["--json"]);
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!((output.status.code(), &report["ok"]), (Some(0), &true.into()), "{report:#}");
+    let examined = |config: &str| {
+        let output = doctor(path.to_str().unwrap(), config, &["--json"]);
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!((output.status.code(), &report["ok"]), (Some(0), &true.into()), "{report:#}");
+        report
+    };
+    let report = examined(&format!("{config}[snapshot]\nctr = '/bin/true'\n"));
     assert_eq!(report["driver"]["vmm"], "qemu");
     assert_eq!(report["ladder"], Value::Null);
     let snapshots = report["checks"].as_array().unwrap().last().unwrap();
     assert!(snapshots["found"].as_str().unwrap().starts_with("not tried yet"), "{snapshots}");
+    let without = examined(&format!("{config}[snapshot]\nctr = '/no/such/ctr'\n"));
+    let snapshots = without["checks"].as_array().unwrap().last().unwrap();
+    assert!(
+        snapshots["status"] == "warn" && snapshots["mend"].as_str().unwrap().contains("[snapshot] ctr"),
+        "{snapshots}"
+    );
 }

@@ -160,7 +160,7 @@ proptest! {
     fn an_exit_status_is_a_byte(status in any::<u32>(), at in any::<i64>(), oom in any::<bool>()) {
         block_on(async {
             let ended =
-                WaitProcessResponse { exit_status: status, exited_at_ns: at, oom_killed: oom, ..Default::default() };
+                WaitProcessResponse { exit_status: status, exited_at_ns: at, oom_kills: u64::from(oom), ..Default::default() };
             let agent = met(vec![answer(1, ended.write_to_bytes().unwrap())]).await;
             prop_assert_eq!(agent.wait("c", "").await.is_ok(), status <= 255);
             Ok(())

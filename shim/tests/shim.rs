@@ -24,6 +24,12 @@ fn info_names_the_runtime() {
     assert!(output.status.success(), "{output:?}");
     let info = RuntimeInfo::parse_from_bytes(&output.stdout).unwrap();
     assert_eq!(info.name, "io.containerd.chsnap.v2");
+    assert_eq!(info.version.version, env!("CARGO_PKG_VERSION"));
+    assert!(info.features.type_url.ends_with("/features/Features"));
+    let features: oci_spec::runtime::Features = serde_json::from_slice(&info.features.value).unwrap();
+    assert!(features.mount_options().as_ref().unwrap().iter().any(|word| word == "rro"));
+    let idmap = features.linux().as_ref().and_then(|linux| linux.mount_extensions().as_ref()?.idmap().as_ref());
+    assert_eq!(idmap.and_then(|idmap| *idmap.enabled()), Some(false));
 }
 
 #[test]

@@ -55,8 +55,8 @@ impl Host {
     fn build(&self, vcpus: u32) -> Key {
         let building = self.store.build(inputs(vcpus)).unwrap();
         fs::write(building.dir().join("machine"), vec![1; 100_000]).unwrap();
-        let why = "cannot save the machine: SetSysRegister: Invalid argument (os error 22)".into();
-        building.publish(vec![Refusal { rung: Rung::Standard, why }]).unwrap()
+        let why = "cannot save the machine: SetSysRegister: Invalid argument (os error 22)";
+        building.publish(vec![Refusal::new(Rung::Standard, why)], u64::MAX).unwrap()
     }
 
     fn file(&self, key: &Key, name: &str) -> PathBuf {
@@ -74,6 +74,8 @@ fn inputs(vcpus: u32) -> Inputs {
             user: "0:0".into(),
             env: BTreeMap::new(),
             ready: "notify".into(),
+            streams: String::new(),
+            rest: String::new(),
         }),
         vcpus,
         memory_mib: 512,

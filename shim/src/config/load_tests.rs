@@ -38,6 +38,9 @@ fn every_key_is_taken() {
         dir = "/n"
         budget = "2GiB"
         builders = 2
+        root_limit = "5MiB"
+        pod_env = ["A", "B_*"]
+        ctr = "/c"
         [log]
         level = "debug"
         [state]
@@ -55,7 +58,15 @@ fn every_key_is_taken() {
     assert_eq!(config.deadlines.boot, Deadline::secs(90));
     assert_eq!(config.deadlines.agent_call.duration().as_millis(), 1500);
     assert_eq!(config.deadlines.restore, Deadline::secs(3));
-    let snapshot = SnapshotConfig { mode: SnapshotMode::Off, dir: "/n".into(), budget: Size::mib(2048), builders: 2 };
+    let snapshot = SnapshotConfig {
+        mode: SnapshotMode::Off,
+        dir: "/n".into(),
+        budget: Size::mib(2048),
+        builders: 2,
+        root_limit: Size::mib(5),
+        pod_env: vec!["A".into(), "B_*".into()],
+        ctr: "/c".into(),
+    };
     assert_eq!(config.snapshot, snapshot);
     assert_eq!(config.log.level, LogLevel::Debug);
     // What was written is read back, with nothing at its default.

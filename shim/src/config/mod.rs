@@ -21,7 +21,7 @@ pub use load::DEFAULT_PATH;
 pub use ready::Ready;
 pub use shape::{Host, Shape};
 pub use values::{Deadline, Size};
-pub use vmm::{AcceleratorChoice, VmmChoice, VmmConfig};
+pub use vmm::{AcceleratorChoice, MemoryRestore, VmmChoice, VmmConfig};
 
 /// The smallest memory a guest is given; the kernel and the agent need it before any container does.
 pub const MIN_MEMORY: Size = Size::mib(64);
@@ -134,6 +134,10 @@ pub struct Deadlines {
     pub agent_call: Deadline,
     /// From starting a restore until the restored guest is ready for its container.
     pub restore: Deadline,
+    /// From the start of a template's process until it is ready to be saved.
+    pub ready: Deadline,
+    /// The hooks of a process, before it is saved and after it is restored.
+    pub hooks: Deadline,
     /// From asking the guest to power off until its VMM is killed.
     pub stop: Deadline,
 }
@@ -144,6 +148,8 @@ impl Default for Deadlines {
             boot: Deadline::secs(60),
             agent_call: Deadline::secs(10),
             restore: Deadline::secs(10),
+            ready: Deadline::secs(60),
+            hooks: Deadline::secs(10),
             stop: Deadline::secs(10),
         }
     }
@@ -212,6 +218,12 @@ pub struct SnapshotConfig {
     pub budget: Size,
     /// How many are built at once on this host, at most; 0 builds none beside pods.
     pub builders: u32,
+    /// What a process may write to its root file system before it is saved.
+    pub root_limit: Size,
+    /// Variables of the environment that differ from pod to pod, beside those of Kubernetes services.
+    pub pod_env: Vec<String>,
+    /// containerd's client, which knows from which image a container was made.
+    pub ctr: PathBuf,
 }
 
 impl Default for SnapshotConfig {
@@ -221,6 +233,9 @@ impl Default for SnapshotConfig {
             dir: PathBuf::from("/var/lib/chsnap/snapshots"),
             budget: Size::mib(20 << 10),
             builders: 1,
+            root_limit: Size::mib(1 << 10),
+            pod_env: vec!["HOSTNAME".into()],
+            ctr: PathBuf::from("ctr"),
         }
     }
 }

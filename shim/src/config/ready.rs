@@ -1,9 +1,15 @@
 //! `io.chsnap.ready`: how a container tells that its process has initialised.
 
-use std::path::{Component, PathBuf};
+use std::{
+    fmt,
+    path::{Component, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
 
 /// The sign of readiness.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Ready {
     /// `READY=1` as of `sd_notify`.
     Notify,
@@ -24,6 +30,39 @@ pub enum Ready {
         /// Absolute, in the container.
         path: PathBuf,
     },
+}
+
+impl fmt::Display for Ready {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Notify => f.write_str("notify"),
+            Self::Http { port, path } => write!(f, "http://:{port}{path}"),
+            Self::Tcp { port } => write!(f, "tcp://:{port}"),
+            Self::File { path } => write!(f, "file://{}", path.display()),
+        }
+    }
+}
+
+impl From<Ready> for String {
+    fn from(ready: Ready) -> Self {
+        ready.to_string()
+    }
+}
+
+impl std::str::FromStr for Ready {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::parse(text)
+    }
+}
+
+impl TryFrom<String> for Ready {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        Self::parse(&text)
+    }
 }
 
 impl Ready {
@@ -80,6 +119,9 @@ mod tests {
         assert_eq!(Ready::parse("http://:80"), Ok(Ready::Http { port: 80, path: "/".into() }));
         assert_eq!(Ready::parse("tcp://:1"), Ok(Ready::Tcp { port: 1 }));
         assert_eq!(Ready::parse("file:///run/ready"), Ok(Ready::File { path: "/run/ready".into() }));
+        for text in ["notify", "http://:8080/healthz?a=b", "tcp://:1", "file:///run/ready"] {
+            assert_eq!(Ready::parse(text).unwrap().to_string(), text);
+        }
     }
 
     #[test]

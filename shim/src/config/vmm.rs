@@ -23,6 +23,19 @@ pub struct VmmConfig {
     pub qemu: Option<PathBuf>,
     /// Which CPU features guests do without.
     pub rung: Rung,
+    /// How Cloud Hypervisor reads a snapshot's memory.
+    pub memory_restore: MemoryRestore,
+}
+
+/// When a restored guest's memory is read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MemoryRestore {
+    /// All of it before the guest runs.
+    #[default]
+    Copy,
+    /// A page when it is first touched (userfaultfd), and the rest in the background.
+    OnDemand,
 }
 
 /// Which VMM is wanted.

@@ -1,9 +1,9 @@
 //! Whether machines can be saved and restored here, as far as that was tried.
 
-use super::Check;
+use super::{Check, Status};
 use crate::{
     config::{Config, Host, Overrides, Shape, SnapshotMode},
-    program::Scout,
+    program::{self, Scout},
     share,
     snapshot::{Ladder, Machine, Outcome, Store},
     task::chain,
@@ -21,11 +21,26 @@ pub(super) async fn check(config: &Config, scout: &mut Scout) -> (Check, Option<
     {
         return (Check::warn(NAME, chain(&error), "every pod boots"), None);
     }
+    let client = &config.snapshot.ctr;
+    let there = if client.is_absolute() {
+        program::is_executable(client)
+    } else {
+        client.to_str().is_some_and(|name| program::in_path(name).is_some())
+    };
     let outcome = match outcome(config, scout).await {
         Ok(outcome) => outcome,
         Err(why) => return (Check::warn(NAME, format!("cannot be told: {why}"), "mend what is missing first"), None),
     };
-    (judge(config, outcome.as_ref()), outcome)
+    let check = match judge(config, outcome.as_ref()) {
+        // What else is wrong comes first.
+        Check { status: Status::Ok, .. } if !there && config.snapshot.mode != SnapshotMode::Off => Check::warn(
+            NAME,
+            format!("containerd's client {client:?} is not there, so no image snapshots are made"),
+            "install it, or name it in [snapshot] ctr",
+        ),
+        check => check,
+    };
+    (check, outcome)
 }
 
 async fn outcome(config: &Config, scout: &mut Scout) -> Result<Option<Outcome>, String> {
@@ -65,7 +80,6 @@ fn judge(config: &Config, outcome: Option<&Outcome>) -> Check {
 mod tests {
     use super::*;
     use crate::{
-        doctor::Status,
         snapshot::{Footing, Refusal, tests_inputs},
         vmm::Rung,
     };
@@ -74,9 +88,9 @@ mod tests {
     fn what_was_found_out_is_told_with_the_reasons() {
         let config = Config::default();
         let of = |rung, refused: &[Rung]| {
-            let refusals = refused.iter().map(|rung| Refusal { rung: *rung, why: "os error 22".into() }).collect();
+            let refusals = refused.iter().map(|rung| Refusal::new(*rung, "os error 22")).collect();
             let on = Footing::of(&tests_inputs(), Rung::Standard);
-            judge(&config, Some(&Outcome { on, rung, refusals, found_at: "then".into() }))
+            judge(&config, Some(&Outcome { on, rung, refusals, found_at: "then".into(), until: None }))
         };
         let works = of(Some(Rung::Standard), &[]);
         assert_eq!((works.status, works.found.as_str()), (Status::Ok, "restored on rung standard, tried then"));

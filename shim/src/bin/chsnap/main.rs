@@ -30,7 +30,7 @@ enum Command {
     Image(image::Command),
     /// Look after the snapshots of this host
     #[command(subcommand)]
-    Snapshot(snapshot::Command),
+    Snapshot(Box<snapshot::Command>),
 }
 
 /// What a command ends with: its exit status, or why it could not do its work.

@@ -8,13 +8,14 @@ use std::{
 };
 
 use chsnap::{
-    config::{Config, Overrides, Shape, Size},
+    config::{Config, Overrides, Ready, Shape, Size},
     snapshot::{Entry, Key, Manifest, Store},
     task::chain,
-    template::{self, Built, Order},
+    template::{self, Ahead, Built, Order, StandIn},
 };
 use clap::Subcommand;
 use serde::Serialize;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{Outcome, print_json, table};
 
@@ -67,8 +68,37 @@ pub struct Several {
 #[derive(clap::Args)]
 pub struct Build {
     /// Of a guest with nothing but kernel and agent, for any image
-    #[arg(long, required = true)]
+    #[arg(long, required_unless_present = "image", conflicts_with = "image")]
     base: bool,
+    /// The image whose process is to be saved, as `ctr run` would start it
+    image: Option<String>,
+    /// When the process is ready, as in the annotation io.chsnap.ready of its pods
+    #[arg(long, value_name = "SIGN", requires = "image", required_unless_present = "base")]
+    ready: Option<Ready>,
+    /// Environment variable of its pods, beside the image's; may be repeated
+    #[arg(long, value_name = "KEY=VALUE", requires = "image")]
+    env: Vec<String>,
+    /// Its pods have a stdin: those of `ctr run` do, with -d, too; in Kubernetes, those that ask for one
+    #[arg(long, requires = "image")]
+    stdin: bool,
+    /// Its pods have a terminal
+    #[arg(long, requires = "image")]
+    tty: bool,
+    /// Snapshotter of its pods [default: containerd's own]
+    #[arg(long, requires = "image")]
+    snapshotter: Option<String>,
+    /// containerd's socket
+    #[arg(long, env = "CONTAINERD_ADDRESS", default_value = "/run/containerd/containerd.sock")]
+    address: String,
+    /// containerd's namespace
+    #[arg(long, env = "CONTAINERD_NAMESPACE", default_value = "default")]
+    namespace: String,
+    /// containerd's client [default: snapshot.ctr]
+    #[arg(long, value_name = "PATH")]
+    ctr: Option<PathBuf>,
+    /// What its pods run instead of what the image says, word by word
+    #[arg(last = true, requires = "image")]
+    words: Vec<String>,
     /// Memory of the guest, such as 1GiB [default: guest.default_memory]
     #[arg(long, value_name = "SIZE")]
     memory: Option<Size>,
@@ -255,12 +285,42 @@ fn build(build: &Build) -> Outcome {
     let config = Config::load(build.args.config.as_deref())?;
     let overrides = Overrides { memory: build.memory, vcpus: build.vcpus, ..Overrides::default() };
     let shape = Shape::of(&config, &overrides, None)?;
-    let order = Order { beside: false, ..Order::of(&config, &overrides, shape) };
     template::isolate().map_err(|error| format!("cannot enter namespaces of its own, run this as root: {error}"))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let began = Instant::now();
     let mut tell = |line: &str| eprintln!("chsnap: {:5.1} s  {line}", began.elapsed().as_secs_f32());
-    let (key, new) = match runtime.block_on(template::build(&order, &mut tell))? {
+    let built = runtime.block_on(async {
+        let order = Order { beside: false, ..Order::of(&config, &overrides, shape) };
+        let (Some(image), Some(ready)) = (&build.image, &build.ready) else {
+            return tokio::select! {
+                built = template::build(&order, &mut tell) => Ok(built?),
+                error = interrupted() => Err(error),
+            };
+        };
+        let ahead = Ahead {
+            client: build.ctr.clone().unwrap_or_else(|| config.snapshot.ctr.clone()),
+            address: build.address.clone(),
+            namespace: build.namespace.clone(),
+            snapshotter: build.snapshotter.clone(),
+            image: image.clone(),
+            env: build.env.clone(),
+            args: build.words.clone(),
+            ready: ready.clone(),
+            stdin: build.stdin,
+            terminal: build.tty,
+        };
+        let container = StandIn::make(&ahead).await?;
+        let built = tokio::select! {
+            built = async {
+                let order = container.order(&ahead, &config, &overrides, shape).await?;
+                Ok::<_, Box<dyn Error>>(template::build(&order, &mut tell).await?)
+            } => built,
+            error = interrupted() => Err(error),
+        };
+        container.remove().await?;
+        built
+    });
+    let (key, new) = match built? {
         Built::New(key) => (key, true),
         Built::There(key) => (key, false),
     };
@@ -270,6 +330,18 @@ fn build(build: &Build) -> Outcome {
         println!("{key}{}", if new { "" } else { " was there already" });
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whatever was begun is taken down then.
+async fn interrupted() -> Box<dyn Error> {
+    let signals = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()].map(signal);
+    let [Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)] = signals else { return std::future::pending().await };
+    let name = tokio::select! {
+        _ = interrupt.recv() => "SIGINT",
+        _ = terminate.recv() => "SIGTERM",
+        _ = hangup.recv() => "SIGHUP",
+    };
+    format!("interrupted by {name}, nothing was built").into()
 }
 
 /// The only key that begins so.
