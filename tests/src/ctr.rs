@@ -23,6 +23,12 @@ impl Ctr {
         Self { program, address, namespace: namespace.into(), mark: (crate::proc::MARK, run.into()) }
     }
 
+    /// Where it is.
+    #[must_use]
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
     /// `ctr` with `args`.
     #[must_use]
     pub fn run<S: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Run {

@@ -5,6 +5,7 @@
 
 mod containerd;
 mod ctr;
+mod env;
 mod leak;
 mod pod;
 mod proc;
@@ -19,8 +20,9 @@ pub mod ways;
 
 pub use containerd::{Containerd, Version, stop_all, sweep};
 pub use ctr::Ctr;
+pub use env::{Env, Vmm};
 pub use leak::Baseline;
-pub use pod::{Container, Env, IMAGE, Started, Vmm};
+pub use pod::{Container, IMAGE, Started};
 pub use proc::{Process, kill, marked, rss_kib, rss_parts};
 pub use pty::Pty;
 pub use run::{Output, Run, Running, eventually, patience};

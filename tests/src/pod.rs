@@ -3,19 +3,16 @@
 use std::{
     collections::BTreeSet,
     ffi::{OsStr, OsString},
-    fmt, fs,
+    fs,
     path::PathBuf,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use containerd_shim_protos::shim_sync::{Client, TaskClient};
 
-use crate::{Containerd, Ctr, Output, Process, Run, Settings, Tools, leak, patience, proc, ways};
+use crate::{Env, Output, Run, Settings, Vmm, env::number, leak, ways, ways::Way};
 
 /// The demo image.
 pub const IMAGE: &str = "localhost/chsnap/python-demo:latest";
@@ -23,143 +20,8 @@ pub const IMAGE: &str = "localhost/chsnap/python-demo:latest";
 /// Booting takes seconds under emulation; a machine that is busy besides takes more.
 const START_LIMIT: Duration = Duration::from_secs(90);
 
-/// What runs the containers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Vmm {
-    /// chsnap with QEMU.
-    Qemu,
-    /// chsnap with Cloud Hypervisor.
-    CloudHypervisor,
-    /// No VMM at all: the reference that chsnap is compared with.
-    Runc,
-}
-
-impl fmt::Display for Vmm {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Qemu => "qemu",
-            Self::CloudHypervisor => "cloud-hypervisor",
-            Self::Runc => "runc",
-        })
-    }
-}
-
-/// What a case runs in.
-#[derive(Debug)]
-pub struct Env {
-    /// The containerd.
-    pub daemon: Arc<Containerd>,
-    /// What runs the containers.
-    pub vmm: Vmm,
-    /// The case's own directory on the host, removed after it.
-    pub dir: PathBuf,
-}
-
-static NUMBER: AtomicU32 = AtomicU32::new(1);
-
 /// The names of all containers so far.
 pub(crate) static IDS: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
-
-impl Env {
-    /// A case's surroundings.
-    pub fn new(daemon: Arc<Containerd>, vmm: Vmm) -> Result<Self> {
-        let dir = daemon.root.join(format!("case-{}", NUMBER.fetch_add(1, Ordering::Relaxed)));
-        fs::create_dir_all(&dir)?;
-        Ok(Self { daemon, vmm, dir })
-    }
-
-    /// containerd's client.
-    #[must_use]
-    pub fn ctr(&self) -> &Ctr {
-        &self.daemon.ctr
-    }
-
-    /// Whether the containers have a kernel of their own.
-    #[must_use]
-    pub fn is_vm(&self) -> bool {
-        self.vmm != Vmm::Runc
-    }
-
-    /// The configuration with which a container of this case starts.
-    #[must_use]
-    pub fn settings(&self) -> Settings {
-        let tools = Tools::get();
-        let accelerator = std::env::var("CHSNAP_TEST_ACCELERATOR").unwrap_or_else(|_| "auto".into());
-        let settings = Settings::default()
-            .set("vmm", "choice", format!("\"{}\"", self.vmm))
-            .set("vmm", "accelerator", format!("\"{accelerator}\""))
-            .set("deadlines", "boot", (60 * patience()).to_string())
-            .set("deadlines", "agent_call", (10 * patience()).to_string())
-            .set("deadlines", "restore", (10 * patience()).to_string())
-            // Whoever wants templates built beside its pods says so; the others are not to wait for the CPU.
-            .set("snapshot", "mode", if ways::base_wanted() { "\"auto\"" } else { "\"off\"" })
-            .set("snapshot", "builders", "0")
-            .path("snapshot", "dir", self.daemon.root.join("snapshots"))
-            .path("vmm", "qemu", &tools.qemu)
-            .path("guest", "kernel", &tools.kernel)
-            .path("guest", "initramfs", &tools.initramfs)
-            .path("share", "virtiofsd", &tools.virtiofsd)
-            .path("state", "dir", self.daemon.pods());
-        match &tools.cloud_hypervisor {
-            Some(path) => settings.path("vmm", "cloud_hypervisor", path),
-            None => settings,
-        }
-    }
-
-    /// A container that is not there yet.
-    #[must_use]
-    pub fn container(&self) -> Container<'_> {
-        Container {
-            env: self,
-            id: format!("c{}", NUMBER.fetch_add(1, Ordering::Relaxed)),
-            flags: Vec::new(),
-            image: IMAGE.into(),
-            command: Vec::new(),
-            settings: self.settings(),
-        }
-    }
-
-    /// `chsnap` with this case's configuration.
-    pub fn chsnap<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<Run> {
-        self.chsnap_with(&self.settings(), args)
-    }
-
-    /// `chsnap` with another configuration.
-    pub fn chsnap_with<S: AsRef<OsStr>>(&self, settings: &Settings, args: impl IntoIterator<Item = S>) -> Result<Run> {
-        let config = settings.write(&self.dir)?;
-        Ok(Run::new(Tools::get().bin.join("chsnap")).args(args).arg("--config").arg(config))
-    }
-
-    /// The processes of this containerd's containers whose program's name contains `name`.
-    #[must_use]
-    pub fn processes(&self, name: &str) -> Vec<Process> {
-        proc::marked(&self.daemon.run).into_iter().filter(|p| p.is(name)).collect()
-    }
-
-    /// The only process of that name.
-    pub fn process(&self, name: &str) -> Result<Process> {
-        let mut found = self.processes(name);
-        // virtiofsd runs as two: a parent that waits, and the one in the namespaces.
-        ensure!(!found.is_empty(), "no process {name}");
-        Ok(found.remove(0))
-    }
-
-    /// The name of this VMM's process.
-    #[must_use]
-    pub fn vmm_name(&self) -> &'static str {
-        match self.vmm {
-            Vmm::Qemu => "qemu-system",
-            Vmm::CloudHypervisor => "cloud-hypervisor",
-            Vmm::Runc => "runc",
-        }
-    }
-}
-
-impl Drop for Env {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.dir);
-    }
-}
 
 /// A container to be made.
 #[derive(Debug)]
@@ -174,6 +36,12 @@ pub struct Container<'a> {
 }
 
 impl<'a> Container<'a> {
+    /// Of the demo image, with the case's own settings.
+    pub(crate) fn new(env: &'a Env, id: String) -> Self {
+        let settings = env.settings();
+        Self { env, id, flags: Vec::new(), image: IMAGE.into(), command: Vec::new(), settings }
+    }
+
     /// Adds flags of `ctr run`.
     #[must_use]
     pub fn flags<S: AsRef<OsStr>>(mut self, flags: impl IntoIterator<Item = S>) -> Self {
@@ -246,8 +114,12 @@ impl<'a> Container<'a> {
     /// `verb` (`run`, `container create`) with everything that describes the container.
     pub fn ctr(&self, verb: &[&str], flags: &[&str], wrapper: Option<&[&str]>) -> Result<Run> {
         IDS.lock().unwrap_or_else(PoisonError::into_inner).insert(self.id.clone());
-        if ways::base_wanted() && self.is_ordinary() {
-            ways::expect(self.env, &self.id);
+        let (mut words, mut command) = (self.flags.clone(), self.command.clone());
+        if self.env.way != Way::Direct && self.is_ordinary() {
+            let may_be_launched = self.env.way == Way::Image && self.image == IMAGE;
+            let launched = if may_be_launched { ways::launched(&words, &command) } else { None };
+            ways::expect(self.env, &self.id, if launched.is_some() { "image" } else { "base" });
+            (words, command) = launched.unwrap_or((words, command));
         }
         let mut run = self.env.ctr().under(wrapper).args(verb).args(flags);
         run = match self.env.vmm {
@@ -261,7 +133,7 @@ impl<'a> Container<'a> {
             run = run.arg("--fifo-dir").arg(self.env.daemon.run.join("fifo"));
         }
         let image = Some(&self.image).filter(|image| !image.is_empty());
-        Ok(run.args(&self.flags).args(image).arg(&self.id).args(&self.command).limit(START_LIMIT))
+        Ok(run.args(words).args(image).arg(&self.id).args(command).limit(START_LIMIT))
     }
 
     /// `ctr run --rm` in the foreground.
@@ -304,7 +176,7 @@ impl<'a> Started<'a> {
 
     /// `ctr task exec` with flags.
     pub fn exec_with<S: AsRef<OsStr>>(&self, flags: &[&str], command: impl IntoIterator<Item = S>) -> Run {
-        let exec = format!("e{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        let exec = format!("e{}", number());
         let fifos = self.env.daemon.run.join("fifo");
         let run = self.env.ctr().run(["task", "exec"]).arg("--fifo-dir").arg(fifos);
         let run = if flags.contains(&"--exec-id") { run } else { run.args(["--exec-id", &exec]) };

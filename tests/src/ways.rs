@@ -1,8 +1,13 @@
-//! The suite in another way: with `CHSNAP_TEST_WAY=base` every ordinary pod has to be restored from a base snapshot, which
-//! is built before the first case. Without the variable, pods boot.
+//! The three ways in which ordinary pods start. The cases take turns, so that a whole run covers all of them; with
+//! `CHSNAP_TEST_WAY=direct`, `base` or `image` every case has that one. A pod that starts in another way than its case wants
+//! is a failure. Snapshots are built when the first pod needs them.
+//!
+//! An image snapshot is of a process, and every case has another. So what is saved is a launcher: it waits for the restore,
+//! and then executes what the case wants, of which it hears in the pod's own environment.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
+    ffi::OsString,
     fs,
     path::PathBuf,
     sync::{Mutex, PoisonError},
@@ -11,33 +16,113 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::{Env, eventually};
+use crate::{Env, IMAGE, Run, eventually, patience};
 
-/// Pods by their containerd: other cases may run at the same time on others.
-static EXPECTED: Mutex<BTreeSet<(PathBuf, String)>> = Mutex::new(BTreeSet::new());
-static BUILT: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+/// Pods by their containerd, and how they have to be started: other cases may run at the same time on others.
+static EXPECTED: Mutex<BTreeMap<(PathBuf, String), &str>> = Mutex::new(BTreeMap::new());
+/// The only case whose ordinary pod has a terminal.
+const TERMINAL: &str = "terminal";
+const BUILD_LIMIT: Duration = Duration::from_secs(120);
+/// By containerd, VMM and what they are of.
+static BUILT: Mutex<BTreeSet<(PathBuf, String)>> = Mutex::new(BTreeSet::new());
 
-/// Whether ordinary pods are to be restored.
-#[must_use]
-pub fn base_wanted() -> bool {
-    match std::env::var("CHSNAP_TEST_WAY").as_deref() {
-        Ok("base") => true,
-        Ok("direct") | Err(_) => false,
-        Ok(other) => panic!("CHSNAP_TEST_WAY={other}: direct and base are known"),
+/// What the launcher is to execute, as JSON.
+pub const COMMAND: &str = "CASE_COMMAND";
+const READY: &str = "notify";
+/// As a process that knows of no module would do it, in any language. A program has to find SIGPIPE as it is by default.
+const LAUNCHER: &str = r#"
+import json, os, signal, socket
+hooks = socket.socket(socket.AF_UNIX)
+hooks.connect("/dev/chsnap/snapshot.sock")
+lines = hooks.makefile("rw")
+lines.readline()
+socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"READY=1", os.environ["NOTIFY_SOCKET"])
+lines.readline(); lines.write('{"ok":true}\n'); lines.flush()
+env = json.loads(lines.readline())["env"]; lines.write('{"ok":true}\n'); lines.flush()
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+command = json.loads(env["CASE_COMMAND"])
+os.execvp(command[0], command)
+"#;
+/// Programs that are there: one that is not is an error of the start, which a restored launcher cannot make.
+const PROGRAMS: [&str; 6] = ["/bin/sh", "sh", "python3", "echo", "cat", "sleep"];
+
+/// A container that is started a second time, on the root of the first, is no clone of a template.
+const ONCE_MORE: &str = ", way base (no image snapshot: something has been written to the container's root";
+
+/// How a case's ordinary pods are to be started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// They boot.
+    Direct,
+    /// From a base snapshot.
+    Base,
+    /// From an image snapshot where it can be, else from a base snapshot.
+    Image,
+}
+
+impl Way {
+    /// Of the case with this number.
+    #[must_use]
+    pub fn of_turn(turn: usize) -> Self {
+        match std::env::var("CHSNAP_TEST_WAY").as_deref() {
+            Ok("direct") => Self::Direct,
+            Ok("base") => Self::Base,
+            Ok("image") => Self::Image,
+            Ok(other) => panic!("CHSNAP_TEST_WAY={other}: direct, base and image are known"),
+            // A boot takes as long as ten restores.
+            Err(_) => [Self::Direct, Self::Base, Self::Image, Self::Base, Self::Image][turn % 5],
+        }
     }
 }
 
-/// This pod has to be restored.
-pub(crate) fn expect(env: &Env, id: &str) {
-    EXPECTED.lock().unwrap_or_else(PoisonError::into_inner).insert((env.daemon.root.clone(), id.to_owned()));
+/// This pod has to be started so.
+pub(crate) fn expect(env: &Env, id: &str, way: &'static str) {
+    let mut expected = EXPECTED.lock().unwrap_or_else(PoisonError::into_inner);
+    expected.insert((env.daemon.root.clone(), id.to_owned()), way);
 }
 
-/// Builds the base snapshot of ordinary pods, once for each containerd and VMM.
-pub fn build_base(env: &Env) -> Result<()> {
+/// Flags and command of the launcher instead of these; none where the pod has to be started without it.
+pub(crate) fn launched(flags: &[OsString], command: &[OsString]) -> Option<(Vec<OsString>, Vec<OsString>)> {
+    let exposes = |pair: &[OsString]| match pair {
+        [flag, value] => flag == "--annotation" && value.to_string_lossy().starts_with("io.chsnap.expose="),
+        _ => false,
+    };
+    let words: Vec<_> = command.iter().map(|word| word.to_str()).collect::<Option<_>>()?;
+    if !flags.chunks(2).all(exposes) || !PROGRAMS.contains(words.first()?) {
+        return None;
+    }
+    let variable = format!("{COMMAND}={}", serde_json::to_string(&words).ok()?);
+    let annotation = format!("io.chsnap.ready={READY}");
+    let more = ["--annotation".to_owned(), annotation, "--env".to_owned(), variable].map(OsString::from);
+    Some((flags.iter().cloned().chain(more).collect(), ["python3", "-c", LAUNCHER].map(OsString::from).to_vec()))
+}
+
+/// Builds the snapshots that a case's ordinary pods need, once for each containerd and VMM. Done before it: a case may well
+/// look at what else goes on.
+pub fn build(env: &Env, case: &str) -> Result<()> {
+    // containerd's client gives a container its own stdin, unless its output goes to a file.
+    let streams: &[&[&str]] = match (env.way, case) {
+        (Way::Direct, _) => return Ok(()),
+        (Way::Base, _) => &[],
+        (Way::Image, TERMINAL) => &[&[], &["--stdin"], &["--stdin", "--tty"]],
+        (Way::Image, _) => &[&[], &["--stdin"]],
+    };
     let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
-    if base_wanted() && env.is_vm() && built.insert(env.daemon.root.join(env.vmm.to_string())) {
-        let limit = Duration::from_secs(180);
-        env.chsnap(["snapshot", "build", "--base"])?.limit(limit).text().context("the base snapshot is not built")?;
+    let mut once = |what: String, run: Result<Run>| {
+        let place = (env.daemon.root.join(env.vmm.to_string()), what);
+        if built.contains(&place) {
+            return Ok(());
+        }
+        run?.limit(BUILD_LIMIT * patience()).text().with_context(|| format!("there is no snapshot ({})", place.1))?;
+        built.insert(place);
+        Ok::<_, anyhow::Error>(())
+    };
+    once("base".into(), env.chsnap(["snapshot", "build", "--base"]))?;
+    for streams in streams {
+        let build = env.chsnap(["snapshot", "build", IMAGE, "--ready", READY])?.args(*streams);
+        let build = build.arg("--address").arg(env.daemon.run.join("c.sock"));
+        let build = build.args(["--namespace", &env.daemon.namespace, "--", "python3", "-c", LAUNCHER]);
+        once(format!("image {}", streams.concat()), Ok(build))?;
     }
     Ok(())
 }
@@ -52,22 +137,27 @@ pub fn mark(env: &Env) -> usize {
 pub fn check(env: &Env, mark: usize) -> Result<()> {
     let mut all = EXPECTED.lock().unwrap_or_else(PoisonError::into_inner);
     let (ours, theirs) =
-        std::mem::take(&mut *all).into_iter().partition::<BTreeSet<_>, _>(|(root, _)| *root == env.daemon.root);
+        std::mem::take(&mut *all).into_iter().partition::<BTreeMap<_, _>, _>(|((root, _), _)| *root == env.daemon.root);
     *all = theirs;
     drop(all);
-    let expected: Vec<String> = ours.into_iter().map(|(_, id)| id).collect();
+    let is_other = |line: &&str| {
+        let mut expected = ours.iter().map(|((_, id), way)| (id, way));
+        expected.any(|(id, way)| {
+            line.contains(&format!("VM of {id} started in "))
+                && !line.contains(&format!(", way {way} "))
+                && !(*way == "image" && line.contains(ONCE_MORE))
+        })
+    };
     let mut others = Vec::new();
     // What the shim says comes to containerd's log a little later.
     eventually(Duration::from_millis(300), || {
         let log = fs::read(env.daemon.log()).unwrap_or_default();
         let log = String::from_utf8_lossy(log.get(mark..).unwrap_or_default()).into_owned();
-        let started =
-            log.lines().filter(|line| expected.iter().any(|id| line.contains(&format!("VM of {id} started in "))));
-        others = started.filter(|line| !line.contains(", way base ")).map(str::to_owned).collect();
+        others = log.lines().filter(is_other).map(str::to_owned).collect();
         (!others.is_empty()).then_some(())
     });
     if others.is_empty() {
         return Ok(());
     }
-    bail!("not restored from the base snapshot:\n  {}", others.join("\n  "))
+    bail!("not started as they had to be:\n  {}", others.join("\n  "))
 }

@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use anyhow::Result;
-use chsnap_tests::{Env, Tools, Vmm};
+use chsnap_tests::{Env, Tools};
 
 /// Where a case makes sense.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,12 +79,9 @@ macro_rules! errors {
 }
 
 /// Why one case cannot be provoked here.
-pub fn unprovokable(vmm: Vmm, name: &str) -> Option<&'static str> {
+pub fn unprovokable(name: &str) -> Option<&'static str> {
     match name {
         "kvm_wanted" if kvm_may_work() => Some("this machine has KVM, and it is about the want of it"),
-        "not_restored" | "ladder_restore" | "ladder_save" if vmm == Vmm::CloudHypervisor => {
-            Some("what stands between chsnap and its VMM there knows QEMU's arguments and monitor only")
-        }
         _ => None,
     }
 }

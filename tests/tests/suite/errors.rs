@@ -8,9 +8,10 @@ use nix::sys::signal::Signal;
 
 use crate::{
     errors_asked::{
-        checkpoint, disk_limits, foreign_mount_namespace, foreign_pid_namespace, host_cpus, host_device, host_ipc,
-        host_network, host_pid, id_too_long, intel_rdt, mount_type, oci_hooks, pause, personality, scheduling,
-        user_namespace,
+        capability_unknown, cgroup_file_unknown, checkpoint, disk_limits, foreign_mount_namespace,
+        foreign_pid_namespace, host_cpus, host_device, host_ipc, host_network, host_pid, id_too_long, intel_rdt,
+        loop_root, mapped_mount, mount_option, mount_type, no_oom_killer, oci_hooks, pause, personality, propagation,
+        rlimit_unknown, scheduling, sysctl_unknown, time_namespace, user_namespace,
     },
     errors_host::{
         annotation_of_pod, pod_exists, shim_killed, shim_killed_in_boot, virtiofsd_killed_in_boot, vmm_killed_in_boot,
@@ -23,7 +24,9 @@ crate::errors! {
     config_bad_value, config_out_of_range, config_relative_value, annotation_unknown, annotation_value, annotation_of_pod,
     snapshot_required, vcpus_too_many, memory_too_large, limit_too_large,
     host_network, host_pid, host_ipc, host_device, foreign_pid_namespace, foreign_mount_namespace, user_namespace, oci_hooks,
-    intel_rdt, personality, scheduling, host_cpus, disk_limits, checkpoint, pause, mount_type,
+    intel_rdt, personality, scheduling, host_cpus, disk_limits, no_oom_killer, propagation, mapped_mount, mount_option,
+    time_namespace, capability_unknown, rlimit_unknown, sysctl_unknown, cgroup_file_unknown, loop_root,
+    checkpoint, pause, mount_type,
     log_binary, bind_source_missing, cgroup_path, state_dir_unusable, state_dir_full, id_too_long, pod_exists, port_busy, kvm_wanted,
     vmm_missing, vmm_false, vmm_old, vmm_hangs, virtiofsd_missing, virtiofsd_false, virtiofsd_old, virtiofsd_of_qemu, virtiofsd_ends,
     kernel_missing, kernel_wrong, initramfs_missing, initramfs_wrong, init_fails, guest_panics, guest_hangs,

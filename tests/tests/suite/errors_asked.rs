@@ -1,16 +1,16 @@
 //! More of what can be wrong, see `errors.rs`: what a microVM cannot give.
 
-use std::fs;
+use std::{fs, path::Path, time::Duration};
 
 use anyhow::{Result, bail, ensure};
 use chsnap_tests::Env;
 use containerd_shim_protos::{
-    api::CreateTaskRequest,
+    api::{CreateTaskRequest, Mount, UpdateTaskRequest},
     ttrpc::{self, context::with_duration},
 };
 use serde_json::{Value, json};
 
-use crate::errors::{AT_ONCE, failed, refused};
+use crate::errors::{A_BOOT, AT_ONCE, failed, refused};
 
 pub fn host_network(env: &Env) -> Result<String> {
     refused(env.container().flags(["--net-host"]))
@@ -30,20 +30,33 @@ pub fn foreign_mount_namespace(env: &Env) -> Result<String> {
 
 /// With a specification of one's own, for what `ctr` has no flag.
 fn specified(env: &Env, change: impl FnOnce(&mut Value)) -> Result<String> {
+    specified_within(env, AT_ONCE, change)
+}
+
+/// The same, for what only the guest can tell.
+fn specified_for_guest(env: &Env, change: impl FnOnce(&mut Value)) -> Result<String> {
+    specified_within(env, A_BOOT, change)
+}
+
+fn specified_within(env: &Env, within: Duration, change: impl FnOnce(&mut Value)) -> Result<String> {
     let root = env.dir.join("root");
     fs::create_dir(&root)?;
-    let namespaces = ["pid", "ipc", "uts", "mount", "network"].map(|typ| json!({ "type": typ }));
-    let mut spec = json!({
-        "ociVersion": "1.0.2",
-        "process": { "args": ["true"], "cwd": "/", "user": { "uid": 0, "gid": 0 } },
-        "root": { "path": root },
-        "linux": { "namespaces": namespaces },
-    });
+    let mut spec = specification(&root);
     change(&mut spec);
     let file = env.dir.join("spec.json");
     fs::write(&file, spec.to_string())?;
     let file = file.display().to_string();
-    failed(env.container().image("").command::<&str>([]).flags(["--config", &file]).output()?, AT_ONCE)
+    failed(env.container().image("").command::<&str>([]).flags(["--config", &file]).output()?, within)
+}
+
+fn specification(root: &Path) -> Value {
+    let namespaces = ["pid", "ipc", "uts", "mount", "network"].map(|typ| json!({ "type": typ }));
+    json!({
+        "ociVersion": "1.0.2",
+        "process": { "args": ["true"], "cwd": "/", "user": { "uid": 0, "gid": 0 } },
+        "root": { "path": root },
+        "linux": { "namespaces": namespaces },
+    })
 }
 
 fn without_namespace(env: &Env, typ: &str) -> Result<String> {
@@ -92,12 +105,93 @@ pub fn scheduling(env: &Env) -> Result<String> {
     specified(env, |spec| spec["process"]["scheduler"] = json!({ "policy": "SCHED_FIFO", "priority": 1 }))
 }
 
+pub fn no_oom_killer(env: &Env) -> Result<String> {
+    specified(env, |spec| spec["linux"]["resources"] = json!({ "memory": { "disableOOMKiller": true } }))
+}
+
+pub fn propagation(env: &Env) -> Result<String> {
+    specified(env, |spec| spec["linux"]["rootfsPropagation"] = json!("rshared"))
+}
+
+/// containerd 2 refuses it itself, as the runtime says that it has no such mounts; so the shim of a pod is asked.
+pub fn mapped_mount(env: &Env) -> Result<String> {
+    let mapping = json!([{ "containerID": 0, "hostID": 1000, "size": 1 }]);
+    let mount = json!({
+        "destination": "/mnt", "type": "bind", "source": "/", "options": ["rbind"],
+        "uidMappings": mapping, "gidMappings": mapping,
+    });
+    further(env, |spec| spec["mounts"] = json!([mount]), vec![])
+}
+
+pub fn mount_option(env: &Env) -> Result<String> {
+    refused(env.container().flags(["--mount", "type=bind,src=/,dst=/mnt,options=rbind:readonly"]))
+}
+
+pub fn time_namespace(env: &Env) -> Result<String> {
+    specified_for_guest(env, |spec| {
+        let namespaces = spec["linux"]["namespaces"].as_array_mut();
+        namespaces.into_iter().for_each(|all| all.push(json!({ "type": "time" })));
+    })
+}
+
+pub fn capability_unknown(env: &Env) -> Result<String> {
+    specified_for_guest(env, |spec| spec["process"]["capabilities"] = json!({ "bounding": ["CAP_FLY"] }))
+}
+
+pub fn rlimit_unknown(env: &Env) -> Result<String> {
+    specified_for_guest(env, |spec| {
+        spec["process"]["rlimits"] = json!([{ "type": "RLIMIT_PATIENCE", "soft": 1, "hard": 1 }]);
+    })
+}
+
+pub fn sysctl_unknown(env: &Env) -> Result<String> {
+    specified_for_guest(env, |spec| spec["linux"]["sysctl"] = json!({ "kernel.no_such": "1" }))
+}
+
+pub fn cgroup_file_unknown(env: &Env) -> Result<String> {
+    specified_for_guest(env, |spec| spec["linux"]["resources"] = json!({ "unified": { "memory.no_such": "1" } }))
+}
+
+/// No snapshotter of `ctr` mounts one, so the shim of a pod is asked for a further container on it.
+pub fn loop_root(env: &Env) -> Result<String> {
+    let root = Mount {
+        type_: "erofs".into(),
+        source: "/image.erofs".into(),
+        options: vec!["ro".into(), "loop".into()],
+        ..Default::default()
+    };
+    further(env, |_| (), vec![root])
+}
+
+/// What the shim of a pod says when it is asked for a further container.
+fn further(env: &Env, change: impl FnOnce(&mut Value), rootfs: Vec<Mount>) -> Result<String> {
+    let started = env.container().sh("sleep 1000").start()?;
+    let bundle = env.dir.join("bundle");
+    fs::create_dir(&bundle)?;
+    let mut spec = specification(&bundle);
+    change(&mut spec);
+    fs::write(bundle.join("config.json"), spec.to_string())?;
+    let (id, bundle) = ("further".into(), bundle.display().to_string());
+    let request = CreateTaskRequest { id, bundle, rootfs, ..Default::default() };
+    let answer = started.shim()?.create(with_duration(AT_ONCE), &request);
+    let Err(ttrpc::Error::RpcStatus(status)) = answer else { bail!("{answer:?}") };
+    started.remove()?;
+    Ok(status.message)
+}
+
 /// The container goes on.
 pub fn pause(env: &Env) -> Result<String> {
     let started = env.container().sh("sleep 1000").start()?;
     let message = failed(env.ctr().output(["task", "pause", &started.id])?, AT_ONCE)?;
     let resumed = failed(env.ctr().output(["task", "resume", &started.id])?, AT_ONCE)?;
     ensure!(resumed.contains("cannot be paused, so there is nothing to resume"), "{resumed}");
+    let saved = env.dir.join("checkpoint").display().to_string();
+    let checkpoint = failed(env.ctr().output(["task", "checkpoint", "--image-path", &saved, &started.id])?, AT_ONCE)?;
+    ensure!(checkpoint.contains("cannot be paused"), "{checkpoint}");
+    let update = UpdateTaskRequest { id: started.id.clone(), ..Default::default() };
+    let answer = started.shim()?.update(with_duration(AT_ONCE), &update);
+    let Err(ttrpc::Error::RpcStatus(status)) = answer else { bail!("{answer:?}") };
+    ensure!(status.code() == ttrpc::Code::UNIMPLEMENTED, "{status:?}");
     ensure!(started.sh("echo still here")? == "still here");
     started.remove()?;
     Ok(message)

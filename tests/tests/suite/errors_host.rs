@@ -16,7 +16,7 @@ pub fn pod_exists(env: &Env) -> Result<String> {
     let started = env.container().annotation("io.chsnap.expose", "8080").start()?;
     started.wait_log("listening on port 8080")?;
     let other = if env.daemon.version == Version::V1_6 { Version::V2_1 } else { Version::V1_6 };
-    let there = Env::new(Containerd::of(other, env.daemon.lane)?, env.vmm)?;
+    let there = Env::new(Containerd::of(other, env.daemon.lane)?, env.vmm, env.way)?;
     let same_namespace = |args: &[&str]| there.ctr().run(args).env("CONTAINERD_NAMESPACE", &env.daemon.namespace);
     same_namespace(&["image", "import"]).arg(&Tools::get().image).limit(Duration::from_secs(120)).text()?;
     let twin = there.container().id(&started.id).settings(|s| s.path("state", "dir", env.daemon.pods()));
@@ -67,7 +67,8 @@ pub fn shim_killed(env: &Env) -> Result<String> {
 
 /// Kills the process of that name as soon as the VMM is there, which is long before the guest is.
 fn killed_in_boot(env: &Env, name: &str) -> Result<String> {
-    let run = env.container().command(["true"]).run()?.start()?;
+    // A restore that fails is followed by a boot.
+    let run = env.container().command(["true"]).annotation("io.chsnap.snapshot", "off").run()?.start()?;
     let there = eventually(Duration::from_secs(20), || env.process(env.vmm_name()).ok());
     ensure!(there.is_some(), "no VMM was started: {}", run.output()?.whole());
     kill(env.process(name)?.pid, Signal::SIGKILL)?;

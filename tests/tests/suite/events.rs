@@ -19,7 +19,7 @@ use serde_json::Value;
 crate::cases! {
     Everywhere: in_order, killed;
     Likewise: execs_end_first, execs_that_never_ran;
-    Vms: out_of_memory;
+    Vms: out_of_memory, child_out_of_memory;
 }
 
 /// A task event.
@@ -141,6 +141,24 @@ fn out_of_memory(env: &Env) -> Result<()> {
     let expected = ["/tasks/create", "/tasks/start", "/tasks/oom", "/tasks/exit", "/tasks/delete"];
     ensure!(topics(&events) == expected, "{events:?}");
     ensure!(events[3].content["exit_status"] == 137, "{events:?}");
+    Ok(())
+}
+
+/// The end of another than the container's own is told when it comes.
+fn child_out_of_memory(env: &Env) -> Result<()> {
+    let limit = (48 << 20).to_string();
+    let container = env.container().flags(["--memory-limit", &limit]);
+    let id = container.id.clone();
+    let mut events = follow(env, &id)?;
+    let container = container.sh("tail /dev/zero; echo status $?; sleep 1000").start()?;
+    container.wait_log("status 137")?;
+    let before = events("/tasks/oom")?;
+    ensure!(topics(&before) == ["/tasks/create", "/tasks/start", "/tasks/oom"], "{before:?}");
+    container.kill("SIGKILL")?.success()?;
+    env.ctr().wait_status(&id, "STOPPED")?;
+    container.remove()?;
+    let after = events("/tasks/delete")?;
+    ensure!(topics(&after) == ["/tasks/exit", "/tasks/delete"], "told twice: {after:?}");
     Ok(())
 }
 

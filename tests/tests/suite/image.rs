@@ -11,14 +11,20 @@ crate::cases! {
     Once: directory, ext4, tar, doctor;
 }
 
-/// Imports `rootfs`, runs the image, and removes it.
-fn import_and_run(env: &Env, rootfs: &Path) -> Result<()> {
-    let name = "localhost/chsnap/imported:latest";
+/// Makes an image of `rootfs`.
+pub fn import(env: &Env, rootfs: &Path, name: &str) -> Result<()> {
     let ctr = Tools::get().containerd(env.daemon.version).join("ctr");
     let import = Run::new(Tools::get().bin.join("chsnap")).args(["image", "import", "--name", name]);
     let import = import.arg("--ctr").arg(ctr).arg("--address").arg(env.daemon.run.join("c.sock"));
     let import = import.args(["--namespace", &env.daemon.namespace, "--env", "GREETING=hello from an import"]);
     import.arg(rootfs).args(["--", "/bin/busybox", "sh", "-c", "echo $GREETING; cat /etc/marker"]).text()?;
+    Ok(())
+}
+
+/// Imports `rootfs`, runs the image, and removes it.
+fn import_and_run(env: &Env, rootfs: &Path) -> Result<()> {
+    let name = "localhost/chsnap/imported:latest";
+    import(env, rootfs, name)?;
     let output = env.container().image(name).output();
     env.ctr().text(["image", "rm", "--sync", name])?;
     let output = output?.success()?;
@@ -27,7 +33,7 @@ fn import_and_run(env: &Env, rootfs: &Path) -> Result<()> {
 }
 
 /// A root that busybox alone fills.
-fn root(env: &Env) -> Result<std::path::PathBuf> {
+pub fn root(env: &Env) -> Result<std::path::PathBuf> {
     let root = env.dir.join("root");
     for dir in ["bin", "etc", "proc", "sys", "dev", "run", "tmp"] {
         fs::create_dir_all(root.join(dir))?;

@@ -2,16 +2,24 @@
 //! there are CPUs (`--test-threads`), each on containerds of its own.
 //!
 //! `cargo test -p chsnap-tests -- [filter]`; a case's name is `<vmm>/<containerd>/<topic>::<case>`.
-//! `CHSNAP_TEST_WAY=base` runs them on pods that are restored from a base snapshot instead of booted.
+//! Cases take turns in how their pods start: booted, from a base snapshot, or with their process from an image snapshot;
+//! `CHSNAP_TEST_WAY=direct`, `base` or `image` has all of them start so.
+//! `CHSNAP_TEST_TIMES=file` writes down the seconds that each took.
 //! `CHSNAP_TEST_REFERENCE=1` runs the cases that hold for runc too on runc, to check the cases themselves.
 
 use std::{
+    fs,
+    io::Write,
     panic::{AssertUnwindSafe, catch_unwind},
     process::ExitCode,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    time::Instant,
 };
 
-use chsnap_tests::{Baseline, Containerd, Env, Tools, Version, Vmm, patience, stop_all, sweep, ways};
+use chsnap_tests::{
+    Baseline, Containerd, Env, Tools, Version, Vmm, patience, stop_all, sweep,
+    ways::{self, Way},
+};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 mod cases;
@@ -21,6 +29,7 @@ mod errors_host;
 mod events;
 mod exec;
 mod expose;
+mod faulty;
 mod image;
 mod lifecycle;
 mod metrics;
@@ -31,6 +40,8 @@ mod share;
 mod signals;
 mod sizes;
 mod snapshot;
+mod snapshot_image;
+mod snapshot_image_built;
 mod snapshot_ladder;
 mod stdio;
 
@@ -96,7 +107,9 @@ fn trials() -> Vec<Trial> {
         };
         let before = trials.len();
         for version in [Version::V2_1, Version::V1_6] {
-            for (topic, case) in all() {
+            for (number, (topic, case)) in all().enumerate() {
+                // Another way on the other containerd.
+                let way = Way::of_turn(number + usize::from(version == Version::V1_6));
                 let here = match case.scope {
                     Scope::Everywhere => true,
                     Scope::Likewise => version == Version::V2_1,
@@ -105,8 +118,8 @@ fn trials() -> Vec<Trial> {
                 };
                 if here && (vmm != Vmm::Runc || reference) {
                     let name = format!("{vmm}/{version}/{topic}::{}", case.name);
-                    let trial = Trial::test(name, move || run(vmm, version, case));
-                    let unprovokable = cases::unprovokable(vmm, case.name);
+                    let trial = Trial::test(name, move || run(vmm, version, way, case));
+                    let unprovokable = cases::unprovokable(case.name);
                     if let (Some(why), None) = (unprovokable, &why_not) {
                         println!("{vmm}: {topic}::{} is ignored: {why}", case.name);
                     }
@@ -122,7 +135,7 @@ fn trials() -> Vec<Trial> {
 }
 
 fn all() -> impl Iterator<Item = (&'static str, Case)> {
-    let topics: [(&str, Vec<Case>); 15] = [
+    let topics: [(&str, Vec<Case>); 16] = [
         ("lifecycle", lifecycle::CASES.to_vec()),
         ("stdio", stdio::CASES.to_vec()),
         ("exec", exec::CASES.to_vec()),
@@ -138,14 +151,16 @@ fn all() -> impl Iterator<Item = (&'static str, Case)> {
         ("sizes", sizes::CASES.to_vec()),
         ("rung", rung::CASES.to_vec()),
         ("snapshot", snapshot::CASES.to_vec()),
+        ("snapshot_image", snapshot_image::CASES.to_vec()),
     ];
     topics.into_iter().flat_map(|(topic, cases)| cases.into_iter().map(move |case| (topic, case)))
 }
 
-fn run(vmm: Vmm, version: Version, case: Case) -> Result<(), Failed> {
+fn run(vmm: Vmm, version: Version, way: Way, case: Case) -> Result<(), Failed> {
+    let began = Instant::now();
     let daemon = Containerd::of(version, LANE.with(|lane| *lane)).map_err(|e| format!("{e:#}"))?;
-    let env = Env::new(daemon.clone(), vmm).map_err(|e| format!("{e:#}"))?;
-    ways::build_base(&env).map_err(|e| format!("{e:#}"))?;
+    let env = Env::new(daemon.clone(), vmm, way).map_err(|e| format!("{e:#}"))?;
+    ways::build(&env, case.name).map_err(|e| format!("{e:#}"))?;
     let (baseline, mark) = (Baseline::take(&daemon), ways::mark(&env));
     let result = catch_unwind(AssertUnwindSafe(|| case.run(&env)));
     let left = baseline.leftovers(&daemon);
@@ -162,7 +177,7 @@ fn run(vmm: Vmm, version: Version, case: Case) -> Result<(), Failed> {
             complaints.push(format!("panicked: {}", text.unwrap_or_default()));
         }
     }
-    if ways::base_wanted()
+    if env.way != Way::Direct
         && let Err(e) = ways::check(&env, mark)
     {
         complaints.push(format!("{e:#}"));
@@ -170,10 +185,18 @@ fn run(vmm: Vmm, version: Version, case: Case) -> Result<(), Failed> {
     if !left.is_empty() {
         complaints.push(format!("left behind:\n  {}", left.join("\n  ")));
     }
+    if let Some(path) = std::env::var_os("CHSNAP_TEST_TIMES") {
+        let line = format!("{:7.1} {vmm}/{version}/{} {way:?}\n", began.elapsed().as_secs_f32(), case.name);
+        let file = fs::File::options().append(true).create(true).open(path);
+        file.and_then(|mut file| file.write_all(line.as_bytes())).map_err(|e| e.to_string())?;
+    }
     if complaints.is_empty() {
         return Ok(());
     }
-    complaints.push(format!("containerd's log ends with\n{}", daemon.log_tail(15)));
+    complaints.push(format!(
+        "its pods were to start in the way {way:?}; containerd's log ends with\n{}",
+        daemon.log_tail(15)
+    ));
     let text = complaints.join("\n");
     if AT_ONCE.load(Ordering::Relaxed) {
         println!("\n{text}");

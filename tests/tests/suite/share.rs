@@ -11,7 +11,8 @@ use chsnap_tests::Env;
 
 crate::cases! {
     Likewise: in_the_snapshot, native_snapshotter, binds, read_only_root;
-    Once: full_disk;
+    Vms: sandboxed;
+    Once: bind_options, full_disk;
 }
 
 /// Everything a file system has to be able to do.
@@ -133,6 +134,66 @@ fn binds(env: &Env) -> Result<()> {
     ensure!(fs::read_to_string(env.dir.join("rw/from-guest"))? == "guest\n");
     ensure!(fs::read_to_string(env.dir.join("ro/from-host"))? == "changed\n");
     Ok(())
+}
+
+/// What a FUSE file system of the guest does not know of the host's mounts, and what is mounted below a bind.
+fn bind_options(env: &Env) -> Result<()> {
+    let dir = env.dir.join("tree");
+    let inner = dir.join("inner");
+    let _inner = Tmpfs::mount(env, "tree/inner", "1m")?;
+    for place in [&dir, &inner] {
+        let tool = place.join("tool");
+        fs::copy("/bin/true", &tool)?;
+        fs::set_permissions(&tool, fs::Permissions::from_mode(0o4755))?;
+    }
+    let mount = |dst: &str, options: &str| format!("type=bind,src={},dst={dst},options={options}", dir.display());
+    let started = env
+        .container()
+        .flags(["--mount", &mount("/top", "rbind:ro"), "--mount", &mount("/all", "rbind:rro")])
+        .flags([
+            "--mount",
+            &mount("/fixed", "rbind:nosuid:nodev:noexec"),
+            "--mount",
+            &mount("/dev/shm/fixed", "rbind:noexec"),
+        ])
+        .sh("sleep 1000")
+        .start()?;
+    let fails = |script: &str, why: &str| -> Result<()> {
+        let output = started.exec(["sh", "-c", script]).output()?;
+        ensure!(output.code != 0 && output.stderr.contains(why), "{script}: {}", output.whole());
+        Ok(())
+    };
+    for place in ["/top", "/all", "/all/inner"] {
+        fails(&format!("echo no > {place}/x"), "Read-only file system")?;
+    }
+    started.sh("echo yes > /top/inner/x; echo yes > /fixed/x; /top/tool; /top/inner/tool; /all/tool")?;
+    for place in ["/fixed", "/fixed/inner", "/dev/shm/fixed"] {
+        fails(&format!("{place}/tool"), "Permission denied")?;
+    }
+    let options = started.sh("grep -m1 ' /fixed ' /proc/self/mountinfo | cut -d' ' -f6")?;
+    for word in ["nosuid", "nodev", "noexec"] {
+        ensure!(options.split(',').any(|option| option == word), "{options}");
+    }
+    started.remove()
+}
+
+/// virtiofsd sees the share and nothing else of the host, and its system calls are judged.
+fn sandboxed(env: &Env) -> Result<()> {
+    let started = env.container().sh("sleep 1000").start()?;
+    let own = |kind: &str| fs::read_link(format!("/proc/self/ns/{kind}"));
+    // A parent that waits, and the one that serves.
+    let served = env.processes("virtiofsd").into_iter().filter(|process| {
+        fs::read_link(format!("/proc/{}/ns/mnt", process.pid)).is_ok_and(|mnt| own("mnt").is_ok_and(|own| mnt != own))
+            && fs::read_link(format!("/proc/{}/ns/pid", process.pid))
+                .is_ok_and(|pid| own("pid").is_ok_and(|own| pid != own))
+    });
+    let pid = served.map(|process| process.pid).next_back().context("no virtiofsd has namespaces of its own")?;
+    let root =
+        fs::read_dir(format!("/proc/{pid}/root"))?.map(|entry| Ok(entry?.file_name())).collect::<Result<Vec<_>>>()?;
+    ensure!(root.len() == 1, "more than the container's directory: {root:?}");
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    ensure!(status.lines().any(|line| line.replace('\t', " ") == "Seccomp: 2"), "{status}");
+    started.remove()
 }
 
 fn read_only_root(env: &Env) -> Result<()> {

@@ -1,18 +1,19 @@
 //! Pods that are restored from a base snapshot, and how such a snapshot comes into being.
 
 use std::{
-    fs,
-    path::Path,
-    thread,
+    fs, thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use chsnap_tests::{Container, Env, Output, Run, Settings, Started, Tools, eventually, kill};
+use chsnap_tests::{Container, Env, Output, Process, Run, Settings, Started, Tools, eventually, kill, patience};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::snapshot_ladder::{REFUSED, ladder_restore, ladder_save, wrapper};
+use crate::{
+    faulty::{Faulty, NOT_RESTORED},
+    snapshot_ladder::{ladder_restore, ladder_save},
+};
 
 crate::cases! {
     Vms: restored;
@@ -29,7 +30,7 @@ pub fn own(env: &Env) -> Settings {
 }
 
 pub fn build(env: &Env, settings: &Settings) -> Result<Run> {
-    Ok(env.chsnap_with(settings, ["snapshot", "build", "--base"])?.limit(BUILD))
+    Ok(env.chsnap_with(settings, ["snapshot", "build", "--base"])?.limit(BUILD * patience()))
 }
 
 pub fn list(env: &Env, settings: &Settings) -> Result<Vec<Value>> {
@@ -43,13 +44,18 @@ pub fn container<'a>(env: &'a Env, settings: &Settings) -> Container<'a> {
 }
 
 /// How a pod was started and why not in a better way, as `chsnap ps` tells it.
-fn way(env: &Env, started: &Started<'_>) -> Result<(String, String)> {
+pub fn way(env: &Env, started: &Started<'_>) -> Result<(String, String)> {
     let pods: Vec<Value> = serde_json::from_str(&env.chsnap(["ps", "--json"])?.text()?)?;
     let pod = pods.iter().find(|pod| pod["id"] == started.id.as_str()).context("chsnap ps does not show the pod")?;
     let text = |key: &str| pod[key].as_str().unwrap_or_default().to_owned();
     let (way, why_not) = (text("way"), text("why_not"));
     let table = env.chsnap(["ps"])?.text()?;
-    ensure!(table.contains(&format!("{way} ({why_not})")), "{table}");
+    let shown = if why_not.is_empty() { format!("  {way}  ") } else { format!("{way} ({why_not})") };
+    ensure!(table.contains(&shown), "{table}");
+    let metrics = env.chsnap(["ps", "--metrics"])?.text()?;
+    let line = metrics.lines().find(|line| line.contains("start_info{") && line.contains(&started.id));
+    let line = line.with_context(|| metrics.clone())?;
+    ensure!(line.contains(&format!("way=\"{way}\"")) && line.ends_with("} 1"), "{line}");
     Ok((way, why_not))
 }
 
@@ -139,9 +145,34 @@ pub fn builders(env: &Env) -> Vec<i32> {
     all.filter(|process| process.args.ends_with("build-template")).map(|process| process.pid).collect()
 }
 
+/// The machine of a template: it is where it cannot take much.
+fn template(env: &Env) -> Option<Process> {
+    let cgroups = |process: &Process| fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).unwrap_or_default();
+    env.processes(env.vmm_name()).into_iter().find(|process| cgroups(process).contains("/chsnap-builders/"))
+}
+
+/// Waits until there is one.
+fn template_runs(env: &Env) -> Result<Process> {
+    eventually(Duration::from_secs(20) * patience(), || template(env)).context("the template's machine is not there")
+}
+
+/// Kills who builds, as soon as there is a machine, of which nothing may go on.
+pub fn kill_builder(env: &Env) -> Result<()> {
+    template_runs(env)?;
+    kill(*builders(env).first().context("nobody builds")?, Signal::SIGKILL)?;
+    // They end each by itself when they hear of it, the share a little after the machine.
+    let left = || {
+        let share = env.processes("virtiofsd").into_iter().find(|process| process.args.contains(".builders"));
+        (builders(env), template(env).map(|process| process.pid), share.map(|process| process.pid))
+    };
+    let gone = eventually(Duration::from_secs(5), || (left() == (Vec::new(), None, None)).then_some(()));
+    ensure!(gone.is_some(), "of (builders, machine, share) these outlive the builder: {:?}", left());
+    Ok(())
+}
+
 /// Waits until nobody builds any more.
 pub fn finished(env: &Env) -> Result<()> {
-    eventually(BUILD, || builders(env).is_empty().then_some(())).context("the builder does not end")
+    eventually(BUILD * patience(), || builders(env).is_empty().then_some(())).context("the builder does not end")
 }
 
 fn built_beside(env: &Env) -> Result<()> {
@@ -153,12 +184,7 @@ fn built_beside(env: &Env) -> Result<()> {
     let nice = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(16)).map(str::to_owned);
     ensure!(nice.as_deref() == Some("10"), "{nice:?}");
     // Its machine is where it cannot take much, and sees no network.
-    let vmm = eventually(Duration::from_secs(20), || {
-        env.processes(env.vmm_name()).into_iter().find(|process| process.args.contains(".builders"))
-    });
-    let vmm = vmm.context("the template's machine is not there")?;
-    let cgroups = fs::read_to_string(format!("/proc/{}/cgroup", vmm.pid))?;
-    ensure!(cgroups.contains("/chsnap-builders/"), "{cgroups}");
+    let vmm = template_runs(env)?;
     let net = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/net"));
     ensure!(net(vmm.pid)? != net(std::process::id() as i32)?, "the template sees the host's network");
     // It has mounts of its own: the pod's end with the pod. And it goes on without the shim that began it.
@@ -206,10 +232,10 @@ fn off_and_required(env: &Env) -> Result<()> {
 /// A restore that fails, or takes too long, is followed by a boot in the same request.
 fn not_restored(env: &Env) -> Result<()> {
     let (broken, slow) = (env.dir.join("broken"), env.dir.join("slow"));
-    let shown = |path: &Path| path.display().to_string();
-    let instead = format!("if [ -e {} ]; then exec sleep 1000; fi; echo '{REFUSED}' >&2; exit 1", shown(&slow));
-    let qemu = wrapper(env, "qemu", &format!("[ -e {} ]", shown(&broken)), &instead)?;
-    let settings = own(env).path("vmm", "qemu", qemu).set("deadlines", "restore", "5");
+    let faulty = Faulty { at: "restore", text: NOT_RESTORED, unless: None, only: Some(&broken), hangs: Some(&slow) };
+    let seconds = 5 * patience();
+    let late_after = format!("within {seconds} s");
+    let settings = faulty.set(own(env), env, "faulty")?.set("deadlines", "restore", seconds.to_string());
     build(env, &settings)?.text()?;
     let works = container(env, &settings).sh("sleep 1000").start()?;
     is_base(env, &works)?;
@@ -222,45 +248,55 @@ fn not_restored(env: &Env) -> Result<()> {
     fails.remove()?;
     fs::write(&slow, "")?;
     let late = container(env, &settings).sh("sleep 1000").start()?;
-    is_direct(env, &late, "within 5 s")?;
+    is_direct(env, &late, &late_after)?;
     late.remove()?;
     let required = container(env, &settings).annotation("io.chsnap.snapshot", "require").command(["true"]).output()?;
-    ensure!(required.code != 0 && required.stderr.contains("within 5 s"), "{}", required.whole());
+    ensure!(required.code != 0 && required.stderr.contains(&late_after), "{}", required.whole());
     Ok(())
 }
 
+/// What was saved and is not what it was any more is not restored; who finds that has it built anew.
 fn spoilt(env: &Env) -> Result<()> {
-    let settings = own(env);
+    let settings = own(env).set("snapshot", "builders", "1");
     let key = build(env, &settings)?.text()?;
     let machine = fs::read_dir(env.dir.join("snapshots").join(&key))?.flatten().map(|entry| entry.path());
     let machine = machine.max_by_key(|path| fs::metadata(path).map_or(0, |meta| meta.len())).context("no files")?;
     let file = fs::OpenOptions::new().write(true).open(&machine)?;
     std::os::unix::fs::FileExt::write_all_at(&file, b"spoilt", 1 << 20)?;
+    let verified = env.chsnap_with(&settings, ["snapshot", "verify", &key])?.output()?;
+    ensure!(verified.code != 0 && verified.stderr.contains("has changed"), "{}", verified.whole());
+    let required = container(env, &settings).annotation("io.chsnap.snapshot", "require").command(["true"]).output()?;
+    ensure!(required.code != 0 && required.stderr.contains("has changed"), "{}", required.whole());
+    ensure!(builders(env).is_empty(), "one is built for who did not start");
     let started = container(env, &settings).sh("sleep 1000").start()?;
     is_direct(env, &started, "has changed")?;
+    finished(env)?;
     started.remove()?;
-    env.chsnap_with(&settings, ["snapshot", "rm", &key])?.text()?;
-    Ok(())
+    env.chsnap_with(&settings, ["snapshot", "verify", &key])?.text()?;
+    let started = container(env, &settings).sh("sleep 1000").start()?;
+    is_base(env, &started)?;
+    started.remove()
 }
 
-/// A builder that is killed leaves no process and no snapshot, and the next one its remains.
+/// A builder that is killed, or given up, leaves nothing.
 fn builder_killed(env: &Env) -> Result<()> {
     let settings = own(env).set("snapshot", "builders", "1");
     let pod = container(env, &settings).sh("sleep 1000").start()?;
-    let machine = || env.processes(env.vmm_name()).into_iter().find(|process| process.args.contains(".builders"));
-    eventually(Duration::from_secs(20), machine).context("the template's machine is not there")?;
-    let builder = *builders(env).first().context("nobody builds")?;
-    kill(builder, Signal::SIGKILL)?;
-    let gone = eventually(Duration::from_secs(5), || (builders(env).is_empty() && machine().is_none()).then_some(()));
-    ensure!(gone.is_some(), "the machine outlives its builder");
-    let virtiofsd = env.processes("virtiofsd").into_iter().find(|process| process.args.contains(".builders"));
-    ensure!(virtiofsd.is_none(), "{virtiofsd:?}");
-    ensure!(list(env, &settings)?.is_empty());
-    ensure!(fs::read_dir(env.dir.join("snapshots"))?.count() == 1, "what it had begun is not there any more");
+    kill_builder(env)?;
+    let left = || Ok::<_, anyhow::Error>(fs::read_dir(env.dir.join("snapshots"))?.count());
+    let gone = eventually(Duration::from_secs(5), || left().is_ok_and(|left| left == 0).then_some(()));
+    ensure!(gone.is_some() && !env.daemon.pods().join(".builders").exists(), "its remains are still there");
+    // One that a person has begun and gives up takes down what it has begun itself.
+    let by_hand = build(env, &settings)?.start()?;
+    template_runs(env)?;
+    kill(i32::try_from(by_hand.child.id())?, Signal::SIGTERM)?;
+    let given_up = by_hand.output()?;
+    ensure!(given_up.code != 0 && given_up.stderr.contains("interrupted by SIGTERM"), "{}", given_up.whole());
+    ensure!(left()? == 0 && !env.daemon.pods().join(".builders").exists(), "its remains are still there");
     pod.remove()?;
     build(env, &settings)?.text()?;
     ensure!(list(env, &settings)?.len() == 1);
-    ensure!(fs::read_dir(env.dir.join("snapshots"))?.count() == 1, "its remains are still there");
+    ensure!(left()? == 1, "there is something beside it");
     Ok(())
 }
 

@@ -1,0 +1,339 @@
+//! Pods that are restored with their image's process initialised.
+
+use std::{
+    fs,
+    path::PathBuf,
+    thread,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context, Result, ensure};
+use chsnap_tests::{Container, Env, Settings, Started, eventually, http, patience};
+use serde_json::Value;
+
+use crate::{
+    events, image,
+    snapshot::{container, finished, list, own, way},
+    snapshot_image_built::{builder_killed, built_ahead, neither_restored, not_ready},
+};
+
+crate::cases! {
+    Vms: initialised;
+    Once: ready_signs, not_ready, hooks_fail, another_image, written_before, copied_root, built_ahead, builder_killed,
+          neither_restored;
+}
+
+/// Answers what it is, and says when it is ready.
+const APP: &str = r#"
+import http.server, json, os, random, socket, ssl, time, uuid
+from snapshot_restore_py import register_before_snapshot, register_after_restore
+
+events, hosts = [], open("/etc/hosts").read() if os.path.exists("/etc/hosts") else ""
+log = open("/warm.log", "a", buffering=1)
+log.write("warm\n")
+random.seed(7)
+register_before_snapshot(events.append, "before")
+@register_after_restore
+def after():
+    events.append("after")
+    log.write("restored\n")
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = json.dumps({
+            "random": random.random(), "ssl": ssl.RAND_bytes(8).hex(), "urandom": os.urandom(8).hex(),
+            "uuid4": str(uuid.uuid4()), "kernel": open("/proc/sys/kernel/random/uuid").read().strip(),
+            "epoch": open("/dev/chsnap/epoch").read().strip(), "hostname": socket.gethostname(),
+            "who": os.environ.get("WHO"), "time": time.time(), "events": events, "pid": os.getpid(),
+            "hosts": open("/etc/hosts").read(), "log": open("/warm.log").read(),
+        }).encode()
+        log.write("served\n")
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *args): pass
+
+server = http.server.HTTPServer(("127.0.0.1", 8080), Handler)
+print("up", flush=True)
+socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"READY=1", os.environ["NOTIFY_SOCKET"])
+server.serve_forever()
+"#;
+
+/// With image snapshots, built beside pods.
+pub fn imaged(env: &Env) -> Settings {
+    own(env)
+        .set("snapshot", "builders", "1")
+        .set("snapshot", "pod_env", "[\"WHO\"]")
+        .path("snapshot", "ctr", env.ctr().program())
+        .set("deadlines", "ready", (60 * patience()).to_string())
+}
+
+fn app<'a>(env: &'a Env, settings: &Settings, who: &str) -> Result<Container<'a>> {
+    let hosts = env.dir.join(format!("hosts-{who}"));
+    fs::write(&hosts, format!("127.0.0.1 {who}\n"))?;
+    let mount = format!("type=bind,src={},dst=/etc/hosts,options=rbind:ro", hosts.display());
+    let app = container(env, settings).python(APP).annotation("io.chsnap.ready", "notify");
+    Ok(app.annotation("io.chsnap.expose", "8080").flags(["--env", &format!("WHO={who}"), "--mount", &mount]))
+}
+
+fn asked(pod: &Started<'_>) -> Result<Value> {
+    let mut stream = http::unix(&pod.pod_dir().join("8080.sock"))?;
+    let (status, body) = http::request(&mut *stream, "GET", "/", &[])?;
+    ensure!(status == 200, "{status}");
+    Ok(serde_json::from_slice(&body)?)
+}
+
+pub fn is(env: &Env, pod: &Started<'_>, expected: &str, because: &str) -> Result<()> {
+    let (way, why_not) = way(env, pod)?;
+    ensure!(way == expected && why_not.contains(because), "{way} ({why_not}), not {expected} ({because})");
+    Ok(())
+}
+
+/// What is in the store, by kind.
+pub fn kinds(env: &Env, settings: &Settings) -> Result<Vec<String>> {
+    let all = list(env, settings)?;
+    let kind = |one: &Value| one["manifest"]["inputs"]["kind"].as_str().unwrap_or_default().to_owned();
+    let mut kinds: Vec<_> = all.iter().map(kind).collect();
+    kinds.sort();
+    Ok(kinds)
+}
+
+fn initialised(env: &Env) -> Result<()> {
+    let settings = imaged(env);
+    let first = app(env, &settings, "first")?.start()?;
+    first.wait_log("up")?;
+    is(env, &first, "direct", "no image snapshot yet")?;
+    let booted = asked(&first)?;
+    ensure!(booted["events"] == serde_json::json!([]) && booted["who"] == "first", "{booted}");
+    finished(env)?;
+    ensure!(kinds(env, &settings)? == ["base", "image"], "{:?}\n{}", list(env, &settings)?, env.daemon.log_tail(60));
+    first.remove()?;
+
+    let pods = ["one", "other"].map(|who| app(env, &settings, who).map(|pod| (who, pod)));
+    let pods = pods.into_iter().collect::<Result<Vec<_>>>()?;
+    // At the same time, they are sure to be alike.
+    let pods = thread::scope(|scope| {
+        let threads: Vec<_> =
+            pods.into_iter().map(|(who, pod)| scope.spawn(move || pod.start().map(|pod| (who, pod)))).collect();
+        let joined = threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow::anyhow!("panicked"))?);
+        joined.collect::<Result<Vec<_>>>()
+    })?;
+    let mut said = Vec::new();
+    for (who, pod) in &pods {
+        is(env, pod, "image", "")?;
+        let now = || SystemTime::now().duration_since(UNIX_EPOCH).map(|since| since.as_secs_f64());
+        let before = now()?;
+        let answer = asked(pod)?;
+        let after = now()?;
+        ensure!(answer["events"] == serde_json::json!(["before", "after"]), "{answer}");
+        ensure!(answer["who"] == *who && answer["hostname"] == pod.id.as_str(), "{answer}");
+        ensure!(answer["hosts"] == format!("127.0.0.1 {who}\n"), "{answer}");
+        ensure!(answer["log"] == "warm\nrestored\n", "what was written before is there, once: {answer}");
+        let guest = answer["time"].as_f64().unwrap_or_default();
+        ensure!(before - 0.05 <= guest && guest <= after + 0.05, "its clock: {before} <= {guest} <= {after}");
+        said.push(answer);
+    }
+    for what in ["random", "ssl", "urandom", "uuid4", "kernel", "epoch", "hostname"] {
+        ensure!(said[0][what] != said[1][what], "both have the same {what}: {said:?}");
+    }
+    for (_, pod) in &pods {
+        // What the process said before it was saved is the beginning of what each says.
+        pod.wait_log("up")?;
+        ensure!(pod.sh("cat /warm.log")? == "warm\nrestored\nserved", "{}", pod.sh("cat /warm.log")?);
+        ensure!(pod.sh("cat /proc/sys/kernel/hostname")? == pod.id);
+        ensure!(pod.exec(["sh", "-c", "exit 7"]).output()?.code == 7);
+        ensure!(env.ctr().text(["task", "ps", &pod.id])?.lines().count() == 2);
+    }
+    for (_, pod) in pods {
+        pod.kill("SIGKILL")?.success()?;
+        env.ctr().wait_status(&pod.id, "STOPPED")?;
+        pod.remove()?;
+    }
+    // Neither template nor image has changed.
+    env.chsnap_with(&settings, ["snapshot", "verify", "--all"])?.text()?;
+    let again = app(env, &settings, "again")?;
+    let mut events = events::follow(env, &again.id)?;
+    let again = again.start()?;
+    is(env, &again, "image", "")?;
+    let created = events("/tasks/start")?;
+    ensure!(created[0].content["checkpoint"] == "image", "the event does not name the way: {created:?}");
+    ensure!(asked(&again)?["log"] == "warm\nrestored\n");
+    again.remove()
+}
+
+/// Every sign of readiness is understood, by processes that know nothing of hooks.
+fn ready_signs(env: &Env) -> Result<()> {
+    let settings = imaged(env);
+    let server = "cd /tmp && sleep 0.5 && : > index.html && exec python3 -m http.server --bind 127.0.0.1 8080";
+    let file = "sleep 0.5; mkdir -p /run/app; : > /run/app/ready; while :; do sleep 0.1; done";
+    for (sign, script) in
+        [("http://:8080/index.html", server), ("tcp://:8080", server), ("file:///run/app/ready", file)]
+    {
+        let make = || container(env, &settings).sh(script).annotation("io.chsnap.ready", sign);
+        let first = make().start()?;
+        finished(env)?;
+        first.remove()?;
+        let second = make().annotation("io.chsnap.expose", "8080").start()?;
+        is(env, &second, "image", "").with_context(|| format!("{sign}\n{}", env.daemon.log_tail(40)))?;
+        if script == server {
+            let mut stream = http::unix(&second.pod_dir().join("8080.sock"))?;
+            ensure!(http::request(&mut *stream, "GET", "/", &[])?.0 == 200);
+        }
+        second.kill("SIGKILL")?.success()?;
+        env.ctr().wait_status(&second.id, "STOPPED")?;
+        second.remove()?;
+    }
+    Ok(())
+}
+
+/// Hooks that fail before a snapshot prevent it, and after a restore, this restore. So do those that take too long.
+fn hooks_fail(env: &Env) -> Result<()> {
+    let seconds = 3 * patience();
+    let settings = imaged(env).set("deadlines", "hooks", seconds.to_string());
+    let hooked = |hook: &str| {
+        let program = format!(
+            "import os, socket, time, snapshot_restore_py as s\ndef fails(): raise ValueError('no database')\n\
+             def fails_as_pod():\n    who = os.environ['WHO']\n    if who == 'bad': fails()\n    \
+             if who == 'slow': time.sleep(1000)\n{hook}\n\
+             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b'READY=1', os.environ['NOTIFY_SOCKET'])\n\
+             while True: time.sleep(0.1)"
+        );
+        container(env, &settings).python(&program).annotation("io.chsnap.ready", "notify")
+    };
+    let first = hooked("s.register_before_snapshot(fails)").start()?;
+    finished(env)?;
+    first.remove()?;
+    let second = hooked("s.register_before_snapshot(fails)").start()?;
+    is(env, &second, "base", "ValueError: no database")?;
+    ensure!(kinds(env, &settings)? == ["base"]);
+    second.remove()?;
+
+    let hook = "s.register_after_restore(fails_as_pod)\nopen('/written', 'w').write('x')";
+    // A hook may count on what the pod's environment has: the trial has that of the first.
+    let first = hooked(hook).flags(["--env", "WHO=first"]).start()?;
+    finished(env)?;
+    first.remove()?;
+    let good = hooked(hook).flags(["--env", "WHO=good"]).start()?;
+    is(env, &good, "image", "")?;
+    good.remove()?;
+    let bad = hooked(hook).flags(["--env", "WHO=bad"]).start()?;
+    is(env, &bad, "base", "ValueError: no database")?;
+    bad.remove()?;
+    let slow = hooked(hook).flags(["--env", "WHO=slow"]).start()?;
+    is(env, &slow, "base", &format!("did not end within {} ms", seconds * 1000))?;
+    slow.remove()?;
+    let required = hooked(hook).flags(["--env", "WHO=bad"]).annotation("io.chsnap.snapshot", "require").start();
+    let text = required.err().map(|error| error.to_string()).unwrap_or_default();
+    ensure!(text.contains("ValueError: no database"), "{text}");
+    Ok(())
+}
+
+/// A name that is given to other contents never leads to the old snapshot.
+fn another_image(env: &Env) -> Result<()> {
+    let settings = imaged(env);
+    let name = "localhost/chsnap/versions:latest";
+    let make = || {
+        let script = "cat /etc/marker; : > /ready; while :; do sleep 0.1; done";
+        let pod = container(env, &settings).image(name).command(["/bin/busybox", "sh", "-c", script]);
+        pod.annotation("io.chsnap.ready", "file:///ready")
+    };
+    let root = image::root(env)?;
+    for (version, before) in [("one", "direct"), ("two", "base")] {
+        fs::write(root.join("etc/marker"), format!("{version}\n"))?;
+        image::import(env, &root, name)?;
+        let first = make().start()?;
+        first.wait_log(version)?;
+        is(env, &first, before, "no image snapshot yet")?;
+        finished(env)?;
+        first.remove()?;
+        let restored = make().start()?;
+        is(env, &restored, "image", "")?;
+        restored.wait_log(version)?;
+        restored.remove()?;
+    }
+    env.ctr().text(["image", "rm", "--sync", name])?;
+    Ok(())
+}
+
+/// A container that has written to its root, and is started once more, has another root than the snapshot's process.
+fn written_before(env: &Env) -> Result<()> {
+    let settings = imaged(env);
+    let script = ": > /ready; while :; do echo > /now; sleep 0.1; done";
+    let make = || container(env, &settings).sh(script).annotation("io.chsnap.ready", "file:///ready");
+    let first = make().start()?;
+    finished(env)?;
+    first.remove()?;
+    let pod = make().start()?;
+    is(env, &pod, "image", "")?;
+    pod.sh("echo mine > /mine; ls /ready")?;
+    pod.kill("SIGKILL")?.success()?;
+    env.ctr().wait_status(&pod.id, "STOPPED")?;
+    env.ctr().output(["task", "rm", &pod.id])?;
+    // ctr passes on the same file as before, which other calls have written since.
+    settings.write(&env.dir)?;
+    env.ctr().text(["task", "start", "-d", &pod.id])?;
+    is(env, &pod, "base", "has been written to the container's root file system already")?;
+    ensure!(pod.sh("cat /mine")? == "mine");
+    pod.remove()
+}
+
+/// The native snapshotter's containers have no layers: what the template wrote is written into each one's own copy, and taken
+/// back when the restore fails.
+fn copied_root(env: &Env) -> Result<()> {
+    let settings = imaged(env);
+    let program = String::from(
+        "import os, socket, time, snapshot_restore_py as s\n\
+         open('/warm', 'a').write('warm ')\nos.path.exists('/etc/debian_version') and os.remove('/etc/debian_version')\n\
+         def after():\n    if os.environ.get('WHO') == 'bad': raise ValueError('no database')\n\
+         s.register_after_restore(after)\n\
+         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b'READY=1', os.environ['NOTIFY_SOCKET'])\n\
+         while True: time.sleep(0.1)",
+    );
+    let make = |who: &str| {
+        let pod = container(env, &settings).python(&program).annotation("io.chsnap.ready", "notify");
+        pod.flags(["--snapshotter", "native", "--env", &format!("WHO={who}")])
+    };
+    let native = |id: &str| -> Result<PathBuf> {
+        let mounts = env.ctr().text(["snapshots", "--snapshotter", "native", "mounts", "/", id])?;
+        let dir = mounts.split_whitespace().find(|word| word.contains("native") && word.starts_with('/'));
+        Ok(dir.with_context(|| mounts.clone())?.into())
+    };
+    // One that requires a snapshot and does not get it leaves its root as it was.
+    let required = make("required").annotation("io.chsnap.snapshot", "require");
+    let id = required.id.clone();
+    required.ctr(&["container", "create"], &[], None)?.output()?.success()?;
+    let required = Started::adopt(env, &id);
+    let start = || {
+        // ctr passes on the same file as before, which other calls have written since.
+        settings.write(&env.dir)?;
+        env.ctr().output(["task", "start", "-d", "--null-io", &id])
+    };
+    let refused = start()?;
+    ensure!(refused.code != 0 && refused.stderr.contains("no snapshot could be used"), "{}", refused.whole());
+    let first = make("first").start()?;
+    is(env, &first, "direct", "no image snapshot yet")?;
+    finished(env)?;
+    first.remove()?;
+    start()?.success()?;
+    is(env, &required, "image", "")?;
+    required.kill("SIGKILL")?.success()?;
+    env.ctr().wait_status(&id, "STOPPED")?;
+    env.ctr().output(["task", "rm", &id])?;
+    let again = start()?;
+    ensure!(again.stderr.contains("has been written to the container's root file system"), "{}", again.whole());
+    required.remove()?;
+    let good = make("good").start()?;
+    is(env, &good, "image", "").with_context(|| env.daemon.log_tail(30))?;
+    ensure!(good.sh("echo mine > /mine; cat /warm; ls /etc/debian_version || true")? == "warm");
+    let dir = native(&good.id)?;
+    ensure!(fs::read_to_string(dir.join("mine"))? == "mine\n", "what it writes is in its own directory");
+    ensure!(fs::read_to_string(dir.join("warm"))? == "warm " && !dir.join("etc/debian_version").exists());
+    good.remove()?;
+    let bad = make("bad").start()?;
+    is(env, &bad, "base", "ValueError: no database")?;
+    let warm = eventually(Duration::from_secs(20), || bad.sh("cat /warm").ok().filter(|text| !text.is_empty()));
+    ensure!(warm.as_deref() == Some("warm"), "what the template wrote was not taken back: {warm:?}");
+    bad.remove()?;
+    env.chsnap_with(&settings, ["snapshot", "verify", "--all"])?.text().map(drop)
+}

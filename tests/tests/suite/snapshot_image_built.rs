@@ -1,0 +1,123 @@
+//! How image snapshots come to be, and why some do not.
+
+use std::{fs, time::Duration};
+
+use anyhow::{Result, ensure};
+use chsnap_tests::{Env, Run, Started, patience};
+
+use crate::{
+    events,
+    faulty::{Faulty, NOT_RESTORED},
+    snapshot::{build, container, finished, kill_builder, way},
+    snapshot_image::{imaged, is, kinds},
+};
+
+/// Why there is no snapshot is told, and pods start all the same.
+pub fn not_ready(env: &Env) -> Result<()> {
+    let settings = imaged(env).set("snapshot", "root_limit", "\"256KiB\"");
+    let ready = "file:///ready";
+    for (script, seconds, why) in [
+        ("exit 3", 60, "the process ended with status 3 before it was ready"),
+        ("sleep 1000", 3, "ms: /ready: No such file or directory"),
+        ("exec 3> /gone; rm /gone; : > /ready; while :; do sleep 0.1; done", 60, "open, which was removed"),
+        ("yes; : > /ready; sleep 1000", 5, "having written more to its output than is kept"),
+        (
+            "head -c 1M /dev/zero > /big; : > /ready; while :; do sleep 0.1; done",
+            60,
+            "bytes to its root file system before it was ready, and [snapshot] root_limit is 262144",
+        ),
+    ] {
+        let settings = settings.clone().set("deadlines", "ready", (seconds * patience()).to_string());
+        let make = || container(env, &settings).sh(script).annotation("io.chsnap.ready", ready);
+        let first = make().start()?;
+        finished(env)?;
+        first.remove()?;
+        let second = make().start()?;
+        is(env, &second, "base", why)?;
+        ensure!(kinds(env, &settings)? == ["base"]);
+        second.remove()?;
+    }
+    Ok(())
+}
+
+/// Before the first pod there is what it is restored from, made of the image's name alone.
+pub fn built_ahead(env: &Env) -> Result<()> {
+    let settings = imaged(env).set("snapshot", "builders", "0");
+    let script = "echo up; : > /ready; while :; do sleep 0.1; done";
+    let build = |reference: &str, streams: &[&str]| -> Result<Run> {
+        let run = env.chsnap_with(&settings, ["snapshot", "build", reference, "--ready", "file:///ready"])?;
+        let run = run.arg("--address").arg(env.daemon.run.join("c.sock")).args(["--namespace", &env.daemon.namespace]);
+        Ok(run.args(streams).args(["--", "/bin/sh", "-c", script]).limit(Duration::from_secs(180) * patience()))
+    };
+    let missing = build("localhost/no/such:1", &[])?.output()?;
+    ensure!(missing.code != 0 && missing.stderr.contains("localhost/no/such:1"), "{}", missing.whole());
+    let key = build(chsnap_tests::IMAGE, &[])?.text()?;
+    ensure!(build(chsnap_tests::IMAGE, &[])?.text()? == format!("{key} was there already"));
+    ensure!(env.ctr().text(["container", "ls", "-q"])?.is_empty(), "a container is left");
+    let pod = container(env, &settings).sh(script).annotation("io.chsnap.ready", "file:///ready").start()?;
+    is(env, &pod, "image", "")?;
+    pod.wait_log("up")?;
+    pod.remove()?;
+    // That of the other client has a stdin.
+    let run = || -> Result<Started<'_>> {
+        let pod = container(env, &settings).sh(script).annotation("io.chsnap.ready", "file:///ready");
+        let id = pod.id.clone();
+        pod.ctr(&["run"], &["-d"], None)?.output()?.success()?;
+        Ok(Started::adopt(env, &id))
+    };
+    let other = run()?;
+    is(env, &other, "base", &format!("builders = 0 has none built; {} is of another process.streams", &key[..12]))?;
+    other.remove()?;
+    build(chsnap_tests::IMAGE, &["--stdin"])?.text()?;
+    let same = run()?;
+    is(env, &same, "image", "")?;
+    same.remove()
+}
+
+/// From the image snapshot to the base snapshot to a boot, in the same request, with the reasons in the event.
+pub fn neither_restored(env: &Env) -> Result<()> {
+    let broken = env.dir.join("broken");
+    let faulty = Faulty { at: "restore", text: NOT_RESTORED, unless: None, only: Some(&broken), hangs: None };
+    let settings = faulty.set(imaged(env), env, "faulty")?;
+    let make = || {
+        let pod = container(env, &settings).sh(": > /ready; while :; do sleep 0.1; done");
+        pod.annotation("io.chsnap.ready", "file:///ready")
+    };
+    let first = make().start()?;
+    finished(env)?;
+    first.remove()?;
+    let works = make().start()?;
+    is(env, &works, "image", "")?;
+    works.remove()?;
+    fs::write(&broken, "")?;
+    let neither = make();
+    let mut events = events::follow(env, &neither.id)?;
+    let neither = neither.start()?;
+    let (way, why_not) = way(env, &neither)?;
+    ensure!(way == "direct" && why_not.matches("os error 22").count() == 2, "{way} ({why_not})");
+    let created = events("/tasks/start")?;
+    ensure!(created[0].content["checkpoint"] == format!("direct: {why_not}"), "{created:?}");
+    neither.remove()
+}
+
+/// Of a builder that is killed while the image's process gets ready nothing runs on, and what it left is cleared away.
+pub fn builder_killed(env: &Env) -> Result<()> {
+    let settings = imaged(env);
+    build(env, &settings)?.text()?;
+    let make = || {
+        let pod = container(env, &settings).sh("sleep 3; : > /ready; while :; do sleep 0.1; done");
+        pod.annotation("io.chsnap.ready", "file:///ready")
+    };
+    let first = make().start()?;
+    kill_builder(env)?;
+    ensure!(kinds(env, &settings)? == ["base"]);
+    first.remove()?;
+    let second = make().start()?;
+    is(env, &second, "base", "no image snapshot yet")?;
+    finished(env)?;
+    ensure!(kinds(env, &settings)? == ["base", "image"], "{}", env.daemon.log_tail(30));
+    second.remove()?;
+    let third = make().start()?;
+    is(env, &third, "image", "")?;
+    third.remove()
+}
