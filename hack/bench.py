@@ -1,6 +1,7 @@
-"""Measures starts through ctr beside the same guest started by hand, in turns, in one run.
+"""Measures starts through ctr, in three ways, beside the same guest started by hand, in turns, in one run.
 
-Times are in milliseconds, memory in KiB (VmRSS of /proc/<pid>/status). Only the ratios carry over to another machine.
+Times are in milliseconds, memory in KiB (VmRSS of /proc/<pid>/status), that of clones in bytes (Pss of
+/proc/<pid>/smaps_rollup). Only the ratios carry over to another machine.
 """
 
 import argparse
@@ -20,11 +21,23 @@ import shim_start
 # waits for them: there its processor time counts. That is taken for the whole of `ctr run`, so what these
 # phases compute is counted twice: the sum is an upper bound. It ends where `ctr run` returns, because from
 # there on the shim carries this script's own questions to a service that is not up yet.
-OWN = ("shim start", "prepare", "select", "share")
+OWN = ("shim start", "prepare", "select", "lookup", "share")
 MIN_RUNS = 5
 LIMIT_OWN_MS = 50
 LIMIT_SHIM_KIB = 10 * 1024
 ID = "bench"
+# The service and when it is ready: one whose start is worth saving.
+SERVICE = ("python3", "/app/search.py")
+READY = "http://:8080/healthz"
+# What a start in each way is told.
+WAYS = {
+    "direct": ("io.chsnap.snapshot=off",),
+    "base": ("io.chsnap.snapshot=require",),
+    "image": ("io.chsnap.snapshot=require", f"io.chsnap.ready={READY}"),
+}
+CLONES = (1, 2, 4, 8)
+# To be reached under TCG.
+AIM_IMAGE, AIM_BASE, AIM_BARE, AIM_BARE_MS = 10, 3, 1.3, 100
 
 
 def now():
@@ -57,6 +70,13 @@ def rss(pid):
     for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1])
+    return 0
+
+
+def pss(pid):
+    for line in pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
     return 0
 
 
@@ -94,64 +114,117 @@ class Bench:
         if check and done.returncode != 0:
             sys.exit(f"bench: {' '.join(words)}: {done.stderr.strip()}")
 
-    def through_ctr(self):
-        a, pod = self.args, pathlib.Path(self.args.state) / "default" / ID
-        began = now()
+    def start(self, name, way):
+        a = self.args
+        annotations = [word for one in ("io.chsnap.expose=8080", *WAYS[way]) for word in ("--annotation", one)]
         self.ctr("run", "-d", "--runtime", "io.containerd.chsnap.v2", "--runtime-config-path", a.config,
-                 "--annotation", "io.chsnap.expose=8080", a.image, ID)
-        ran = now()
+                 *annotations, a.image, name, *SERVICE)
+        pod = pathlib.Path(a.state) / "default" / name
         state = json.loads((pod / "state.json").read_text())
+        if state["way"] != way:
+            sys.exit(f"bench: {name} was started in the way {state['way']} ({state.get('why_not')}), not {way}")
+        return pod / "8080.sock", state
+
+    def end(self, name):
+        self.ctr("task", "kill", "-s", "SIGKILL", name)
+        self.ctr("task", "rm", "-f", name, check=False)
+        self.ctr("container", "rm", name)
+
+    def through_ctr(self, way):
+        began = now()
+        socket_path, state = self.start(ID, way)
+        ran = now()
         cpu = cpu_ms(state["pid"])
-        until_answer(pod / "8080.sock")
+        until_answer(socket_path)
         answered = now()
-        self.note("first_response_ms", "direct", answered - began)
+        self.note("first_response_ms", way, answered - began)
+        phases = f"phases_ms.{way}"
         created = 0
         for name, us in state["phases_us"]:
-            self.note("phases_ms", name, us / 1e3)
+            self.note(phases, name, us / 1e3)
             created += us / 1e3
-        self.note("phases_ms", "ctr, containerd and shim start", ran - began - created)
-        self.note("phases_ms", "process", answered - ran)
-        self.note("shim_own_ms", "processor time", cpu)
-        self.note("rss_kib", "shim", rss(state["pid"]))
-        self.note("rss_kib", "vmm", rss(state["vmm_pid"]))
-        self.note("rss_kib", "virtiofsd",
-                  sum(rss(p) for p in processes_of(state["pid"]) if command(p) == "virtiofsd"))
-        self.ctr("task", "kill", "-s", "SIGKILL", ID)
-        self.ctr("task", "rm", "-f", ID, check=False)
-        self.ctr("container", "rm", ID)
+        agent = {"direct": ("share", "vmm", "kernel", "agent"), "base": ("share", "restore", "resume")}.get(way)
+        if agent:
+            self.note("agent_up_ms", way, sum(us / 1e3 for name, us in state["phases_us"] if name in agent))
+        self.note(phases, "ctr, containerd and shim start", ran - began - created)
+        self.note(phases, "process", answered - ran)
+        self.note(f"shim_own_ms.{way}", "processor time", cpu)
+        self.note("rss_kib", f"shim, {way}", rss(state["pid"]))
+        if way == "direct":
+            self.note("rss_kib", "vmm", rss(state["vmm_pid"]))
+            self.note("rss_kib", "virtiofsd",
+                      sum(rss(p) for p in processes_of(state["pid"]) if command(p) == "virtiofsd"))
+        self.end(ID)
 
-    def by_hand(self):
+    def by_hand(self, group, *words):
         a, path = self.args, pathlib.Path(self.args.state) / "bare.sock"
         began = now()
-        with subprocess.Popen([a.bare, a.config, a.rootfs, str(path), "python3", "/app/app.py"],
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as bare:
+        with subprocess.Popen([a.bare, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as bare:
             line = bare.stdout.readline()
             if not line:
                 sys.exit("bench: the guest could not be started by hand")
             until_answer(path)
-            self.note("bare_ms", "first response", now() - began)
+            self.note(group, "first response", now() - began)
             steps = json.loads(line)
-            self.note("bare_ms", "VMM spawned", steps["spawn_ms"])
-            self.note("bare_ms", "agent answers", steps["agent_ms"])
+            self.note(group, "VMM spawned", steps["spawn_ms"])
+            self.note(group, "agent answers", steps["agent_ms"])
             bare.stdin.close()
         if bare.returncode != 0:
             sys.exit("bench: the guest started by hand did not end well")
 
+    def build(self, *what):
+        """The manifest of a snapshot that is built for this."""
+        a = self.args
+        chsnap = [str(pathlib.Path(a.bin, "chsnap")), "snapshot"]
+        built = subprocess.run([*chsnap, "build", "--config", a.config, *what], stdout=subprocess.PIPE, text=True)
+        if built.returncode != 0:
+            sys.exit("bench: the snapshot could not be built")
+        key = built.stdout.split()[0]
+        shown = subprocess.run([*chsnap, "inspect", "--config", a.config, "--json", key], stdout=subprocess.PIPE,
+                               text=True, check=True)
+        return key, json.loads(shown.stdout)
+
+    def clones(self):
+        """Memory of each of several that run at the same time, VMM, virtiofsd and shim together."""
+        found = []
+        for n in CLONES:
+            names = [f"{ID}-{i}" for i in range(n)]
+            pids = []
+            for name in names:
+                path, state = self.start(name, "image")
+                until_answer(path)
+                pids += [state["pid"], *processes_of(state["pid"])]
+            found.append({"n": n, "pss_bytes": sum(map(pss, pids)) // n})
+            for name in names:
+                self.end(name)
+        return found
+
     def run(self):
         runs = self.args.runs
+        self.build("--base")
+        a = self.args
+        key, image = self.build(a.image, "--stdin", "--ready", READY, "--ctr", a.ctr, "--address", a.address, "--", *SERVICE)
         for i in range(runs):
             print(f"chsnap: run {i + 1} of {runs}", file=sys.stderr, flush=True)
             shim = pathlib.Path(self.args.bin, "containerd-shim-chsnap-v2")
-            self.note("phases_ms", "shim start", shim_start.measure(str(shim), self.args.address))
-            self.through_ctr()
-            self.by_hand()
-        phases = self.series["phases_ms"]
-        for i in range(runs):
-            own = sum(phases[name][i] for name in OWN)
-            self.note("shim_own_ms", "own phases", own)
-            self.note("shim_own_ms", "total", own + self.series["shim_own_ms"]["processor time"][i])
-        return {group: {name: spread(values) for name, values in names.items()}
-                for group, names in self.series.items()}
+            for way in WAYS:
+                self.note(f"phases_ms.{way}", "shim start", shim_start.measure(str(shim), self.args.address))
+                self.through_ctr(way)
+            a, path = self.args, str(pathlib.Path(self.args.state) / "bare.sock")
+            self.by_hand("bare_ms", a.config, a.rootfs, path, *SERVICE)
+            self.by_hand("bare_restore", "--restore", str(pathlib.Path(a.snapshots) / key), a.config, a.rootfs, path)
+        for way in WAYS:
+            phases, group = self.series[f"phases_ms.{way}"], f"shim_own_ms.{way}"
+            for i in range(runs):
+                own = sum(phases[name][i] for name in OWN if name in phases)
+                self.note(group, "own phases", own)
+                self.note(group, "total", own + self.series[group]["processor time"][i])
+        result = {group: {name: spread(values) for name, values in names.items()}
+                  for group, names in self.series.items()}
+        result["bare_restore_ms"] = result["bare_restore"]["first response"]
+        result["snapshot"] = {"build_ms": image["manifest"]["build_ms"], "bytes": image["bytes"]}
+        result["clones"] = self.clones()
+        return result
 
 
 def spread(values):
@@ -159,15 +232,34 @@ def spread(values):
 
 
 def show(result):
-    for group in ("first_response_ms", "bare_ms", "phases_ms", "shim_own_ms", "rss_kib"):
+    groups = ["first_response_ms", "agent_up_ms", "bare_ms", "bare_restore", *(f"phases_ms.{way}" for way in WAYS),
+              *(f"shim_own_ms.{way}" for way in WAYS), "rss_kib"]
+    for group in groups:
         print(f"\n  {group:32}    median       min       max")
         for name, s in result[group].items():
             print(f"    {name:32}{s['median']:10.1f}{s['min']:10.1f}{s['max']:10.1f}")
+    snapshot = result["snapshot"]
+    print(f"\n  image snapshot: built in {snapshot['build_ms']} ms, {snapshot['bytes'] / 2**20:.0f} MiB")
+    for one in result["clones"]:
+        print(f"  {one['n']} clones: {one['pss_bytes'] / 2**20:.0f} MiB each")
+
+
+def ratios(result):
+    """What is aimed at, and what came of it."""
+    first, up = result["first_response_ms"], result["agent_up_ms"]
+    direct, base, image = (first[way]["median"] for way in WAYS)
+    bare = result["bare_restore_ms"]["median"]
+    yield f"restored with its process, {direct / image:.1f} times faster than booted (aim: {AIM_IMAGE})", direct / image >= AIM_IMAGE
+    faster = up["direct"]["median"] / up["base"]["median"]
+    yield f"to the agent, restored from a base snapshot {faster:.1f} times faster than booted (aim: {AIM_BASE})", faster >= AIM_BASE
+    limit = AIM_BARE * bare + AIM_BARE_MS
+    yield f"through the whole stack {image:.0f} ms, the guest restored by hand {bare:.0f} ms (aim: {limit:.0f} ms)", image <= limit
 
 
 def missed(result):
     """What is above its limit."""
-    own, kib = result["shim_own_ms"]["total"]["median"], result["rss_kib"]["shim"]["max"]
+    own = max(result[f"shim_own_ms.{way}"]["total"]["median"] for way in WAYS)
+    kib = max(result["rss_kib"][f"shim, {way}"]["max"] for way in WAYS)
     print(f"\n  the shim's own share: {own:.1f} ms (limit {LIMIT_OWN_MS}); its memory: {kib:.0f} KiB (limit {LIMIT_SHIM_KIB})")
     if own >= LIMIT_OWN_MS:
         yield f"the shim's own share of a start is {own:.1f} ms (median), not below {LIMIT_OWN_MS}"
@@ -177,7 +269,7 @@ def missed(result):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("ctr", "address", "image", "config", "state", "rootfs", "bin", "bare", "out"):
+    for name in ("ctr", "address", "image", "config", "state", "snapshots", "rootfs", "bin", "bare", "out"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
@@ -188,6 +280,9 @@ def main():
     result["machine"] = {"cpus": os.cpu_count(), "kernel": platform.release(), "arch": platform.machine()}
     pathlib.Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
     show(result)
+    print()
+    for text, reached in ratios(result):
+        print(f"  {text}{'' if reached else ': MISSED'}")
     for text in (failures := list(missed(result))):
         print(f"chsnap: error: {text}", file=sys.stderr)
     sys.exit(1 if failures else 0)

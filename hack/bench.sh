@@ -29,7 +29,7 @@ cleanup() {
   trap - EXIT INT TERM
   [ -z "${address:-}" ] || "${ctr[@]}" images unmount "$DIR/rootfs" >/dev/null 2>&1 || true
   "$ROOT/hack/containerd.sh" stop "$DIR" || true
-  rm -rf "$DIR/root" "$CHSNAP_STATE_DIR"
+  rm -rf "$DIR/root" "$DIR/snapshots" "$CHSNAP_STATE_DIR"
   rmdir "$DIR/rootfs" /run/chsnap-dev 2>/dev/null || true
   exit "$status"
 }
@@ -39,7 +39,7 @@ trap 'exit 130' INT TERM
 "$ROOT/hack/containerd.sh" stop "$DIR"
 rm -rf --one-file-system "$DIR" "$CHSNAP_STATE_DIR"
 mkdir -p "$DIR/rootfs" "$CHSNAP_STATE_DIR"
-"$ROOT/hack/config.sh" "$DIR/chsnap.toml"
+CHSNAP_SNAPSHOT_DIR=$DIR/snapshots CHSNAP_CTR=${ctr[0]} "$ROOT/hack/config.sh" "$DIR/chsnap.toml"
 say "starting containerd $VERSION and importing the image"
 address=$("$ROOT/hack/containerd.sh" start "$VERSION" "$DIR")
 ctr+=(-a "$address")
@@ -48,6 +48,6 @@ ctr+=(-a "$address")
 "${ctr[@]}" images mount --rw "$IMAGE" "$DIR/rootfs" >/dev/null
 
 python3 "$ROOT/hack/bench.py" --runs "$RUNS" --ctr "${ctr[0]}" --address "$address" --image "$IMAGE" \
-  --config "$DIR/chsnap.toml" --state "$CHSNAP_STATE_DIR" --rootfs "$DIR/rootfs" \
+  --config "$DIR/chsnap.toml" --state "$CHSNAP_STATE_DIR" --snapshots "$DIR/snapshots" --rootfs "$DIR/rootfs" \
   --bin "${CHSNAP_BIN_DIR:-$TARGET/release}" --bare "$TARGET/release/examples/bare" --out "$TARGET/bench.json"
 say "the same is in $TARGET/bench.json"

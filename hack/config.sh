@@ -1,8 +1,8 @@
 #!/bin/bash
 # config.sh <file>: writes a configuration that uses what was built and unpacked below target/.
 # CHSNAP_STATE_DIR is where pods are recorded and have their sockets: a short path, for a socket's may
-# have 107 bytes. CHSNAP_SNAPSHOT_MODE=auto has pods restored, and templates built beside them: demo and benchmark
-# are about booting.
+# have 107 bytes. CHSNAP_SNAPSHOT_MODE=auto has pods restored, and templates built beside them; CHSNAP_SNAPSHOT_DIR is
+# where those are kept, CHSNAP_CTR containerd's client.
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -31,5 +31,6 @@ dir = "${CHSNAP_STATE_DIR:-/run/chsnap}"
 
 [snapshot]
 mode = "${CHSNAP_SNAPSHOT_MODE:-off}"
-dir = "$TARGET/snapshots"
+dir = "${CHSNAP_SNAPSHOT_DIR:-$TARGET/snapshots}"
+ctr = "${CHSNAP_CTR:-ctr}"
 CONF

@@ -1,14 +1,15 @@
 #!/bin/bash
-# make demo: a Python service as a microVM on a containerd of its own, asked from the host, taken down.
+# make demo: a Python service as a microVM on a containerd of its own, asked from the host: booted, then restored from the
+# snapshot that was built meanwhile, then restored twice at the same time. All of it is taken down.
 #
-#   CHSNAP_DEMO_RUNS=3          how often it is started
+#   CHSNAP_DEMO_RUNS=1          how often it is restored
 #   CHSNAP_DEMO_CONTAINERD=1.6  or 2.1
 #   CHSNAP_DEMO_PORT=18080      on the host's loopback
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-RUNS=${CHSNAP_DEMO_RUNS:-3}
+RUNS=${CHSNAP_DEMO_RUNS:-1}
 VERSION=${CHSNAP_DEMO_CONTAINERD:-1.6}
 PORT=${CHSNAP_DEMO_PORT:-18080}
 IMAGE=localhost/chsnap/python-demo:latest
@@ -30,7 +31,7 @@ if (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; then
   die "port $PORT of the loopback is taken: choose another with CHSNAP_DEMO_PORT"
 fi
 
-id=
+id='' both=()
 cleanup() {
   local status=$?
   trap - EXIT INT TERM
@@ -39,7 +40,7 @@ cleanup() {
     { grep -E 'level="?(warn|error|fatal)' "$DIR/containerd.log" || true; } | tail -n 10 | cut -c1-400 | sed 's/^/    /' >&2
   fi
   "$ROOT/hack/containerd.sh" stop "$DIR" || true
-  rm -rf "$DIR/root" "$CHSNAP_STATE_DIR"
+  rm -rf "$DIR/root" "$DIR/snapshots" "$CHSNAP_STATE_DIR"
   rmdir /run/chsnap-dev 2>/dev/null || true
   exit "$status"
 }
@@ -47,7 +48,8 @@ trap cleanup EXIT
 trap 'exit 130' INT TERM
 
 mkdir -p "$DIR/runs"
-"$ROOT/hack/config.sh" "$DIR/chsnap.toml"
+CHSNAP_SNAPSHOT_MODE=auto CHSNAP_SNAPSHOT_DIR=$DIR/snapshots CHSNAP_CTR=$TOOLS/containerd-$VERSION/bin/ctr \
+  "$ROOT/hack/config.sh" "$DIR/chsnap.toml"
 
 say "starting containerd $VERSION and importing the image"
 address=$("$ROOT/hack/containerd.sh" start "$VERSION" "$DIR")
@@ -73,52 +75,121 @@ first_response() {
   echo $(($(now_ms) - t0))
 }
 
-for run in $(seq "$RUNS"); do
-  id=demo-$run
-  start_ms=$("$ROOT/hack/shim_start.py" "$SHIM" "$address")
-  say "run $run of $RUNS: ctr run -d --runtime io.containerd.chsnap.v2 --annotation io.chsnap.expose=127.0.0.1:$PORT:8080 ... $id"
-  t0=$(now_ms)
+pods() { "${chsnap[@]}" ps --config "$DIR/chsnap.toml" --json; }
+
+# start <id> <expose>: in the background, as `ctr run -d`.
+start() {
   "${ctr[@]}" run -d --runtime io.containerd.chsnap.v2 --runtime-config-path "$DIR/chsnap.toml" \
-    --annotation "io.chsnap.expose=127.0.0.1:$PORT:8080" "$IMAGE" "$id" 9>&-
+    --annotation "io.chsnap.expose=$2" --annotation "io.chsnap.ready=http://:8080/healthz" \
+    "$IMAGE" "$1" python3 /app/search.py 9>&-
+}
+
+end() {
+  "${ctr[@]}" task kill -s SIGTERM "$1"
+  for _ in $(seq 100); do
+    "${ctr[@]}" task ls | grep -q "^$1 .*RUNNING" || break
+    sleep 0.1
+  done
+  "${ctr[@]}" task rm -f "$1" >/dev/null 2>&1 || true
+  "${ctr[@]}" container rm "$1"
+}
+
+# record <run> <id> <start of the shim, null if not measured> <ctr run> <first response> <HTTP status>, in ms
+record() {
+  pods >"$DIR/runs/ps-$1.json"
+  # What `ctr run` took beside the shim's phases is ctr's and containerd's, and the shim's start.
+  jq -n --argjson start "$3" --argjson ran "$4" --argjson ms "$5" --argjson status "$6" --arg id "$2" \
+    --slurpfile ps "$DIR/runs/ps-$1.json" --slurpfile answer "$DIR/runs/answer-$1.json" \
+    '($ps | flatten | map(select(.id == $id)) | first) as $pod
+     | ($pod.phases_us | map({ (.[0]): (.[1] / 1000) }) | add) as $phases
+     | { vmm: $pod.vmm, accelerator: $pod.accelerator, guest_kernel: $answer[0].kernel,
+         run: { way: $pod.way, first_response_ms: $ms, status: $status,
+                phases: ((if $start then { "shim start": $start, "ctr and containerd": ($ran - $start - ($phases | add)) }
+                          else { "ctr, containerd and shim start": ($ran - ($phases | add)) } end)
+                         + $phases + { "process": ($ms - $ran) }) } }' >"$DIR/runs/$1.json"
+}
+
+# one <run>: starts it, asks it and leaves it running.
+one() {
+  local start_ms t0 ran ms answer echoed status
+  id=demo-$1
+  start_ms=$("$ROOT/hack/shim_start.py" "$SHIM" "$address")
+  say "run $1: ctr run -d --runtime io.containerd.chsnap.v2 --annotation io.chsnap.expose=127.0.0.1:$PORT:8080" \
+    "--annotation io.chsnap.ready=http://:8080/healthz ... $id python3 /app/search.py"
+  t0=$(now_ms)
+  start "$id" "127.0.0.1:$PORT:8080"
   ran=$(($(now_ms) - t0))
   ms=$(first_response "$t0")
   answer=$(ask -f "$URL/")
   echoed=$(ask -f --data-binary "written on the host" "$URL/echo")
   [ "$echoed" = "written on the host" ] || die "POST $URL/echo answered '$echoed'"
-  status=$(ask -o /dev/null -w '%{http_code}' "$URL/")
-  "${chsnap[@]}" ps --config "$DIR/chsnap.toml" --json >"$DIR/runs/ps-$run.json"
-  printf '%s' "$answer" >"$DIR/runs/answer-$run.json"
-  [ "$run" != 1 ] || say "GET $URL/ -> $answer"
-  # What `ctr run` took beside the shim's phases is ctr's and containerd's, and the shim's start.
-  jq -n --argjson ms "$ms" --argjson ran "$ran" --argjson start "$start_ms" --argjson status "$status" --arg id "$id" \
-    --slurpfile ps "$DIR/runs/ps-$run.json" --slurpfile answer "$DIR/runs/answer-$run.json" \
-    '($ps | flatten | map(select(.id == $id)) | first) as $pod
-     | ($pod.phases_us | map({ (.[0]): (.[1] / 1000) }) | add) as $phases
-     | { vmm: $pod.vmm, accelerator: $pod.accelerator, guest_kernel: $answer[0].kernel,
-         run: { way: $pod.way, first_response_ms: $ms, status: $status,
-                phases: ({ "shim start": $start, "ctr and containerd": ($ran - $start - ($phases | add)) }
-                         + $phases + { "process": ($ms - $ran) }) } }' >"$DIR/runs/$run.json"
-  "${ctr[@]}" task kill -s SIGTERM "$id"
-  for _ in $(seq 100); do
-    "${ctr[@]}" task ls | grep -q "^$id .*RUNNING" || break
-    sleep 0.1
-  done
-  "${ctr[@]}" task rm -f "$id" >/dev/null 2>&1 || true
-  "${ctr[@]}" container rm "$id"
+  status=$(ask -o /dev/null -w '%{http_code}' "$URL/search?q=snapshot")
+  printf '%s' "$answer" >"$DIR/runs/answer-$1.json"
+  [ "$1" != 1 ] || say "GET $URL/ -> $answer"
+  record "$1" "$id" "$start_ms" "$ran" "$ms" "$status"
+}
+
+has_snapshot() {
+  "${chsnap[@]}" snapshot ls --config "$DIR/chsnap.toml" --json >"$DIR/snapshots.json"
+  jq -e 'any(.manifest.inputs.kind == "image")' "$DIR/snapshots.json" >/dev/null
+}
+
+one 1
+say "the snapshot is being built beside it, from the image alone"
+for _ in $(seq 1800); do
+  ! has_snapshot || break
+  sleep 0.1
 done
+has_snapshot || die "no snapshot came of it: $(pods | jq -r '.[].why_not') $(grep -o 'template: .*' "$DIR/containerd.log" | tail -n 3)"
+say "$(jq -r '.[] | select(.manifest.inputs.kind == "image")
+  | "it took \(.manifest.build_ms) ms and has \(.bytes / 1048576 | round) MiB"' "$DIR/snapshots.json")"
+end "$id"
+
+last=$((RUNS + 1))
+for run in $(seq 2 "$last"); do
+  one "$run"
+  end "$id"
+done
+
+say "two at the same time: ctr run -d ... demo-a & ctr run -d ... demo-b"
+for id in demo-a demo-b; do
+  {
+    t0=$(now_ms)
+    start "$id" 8080
+    ran=$(($(now_ms) - t0))
+    socket=$CHSNAP_STATE_DIR/default/$id/8080.sock
+    until ask -f -m 2 -o /dev/null --unix-socket "$socket" http://pod/healthz; do
+      [ "$(now_ms)" -lt $((t0 + 120000)) ] || die "no answer at $socket within 120 s"
+      sleep 0.02
+    done
+    ms=$(($(now_ms) - t0))
+    ask -f --unix-socket "$socket" http://pod/identity >"$DIR/runs/identity-$id.json"
+    ask -f --unix-socket "$socket" http://pod/ >"$DIR/runs/answer-$id.json"
+    record "$id" "$id" null "$ran" "$ms" 200
+  } &
+  both+=($!)
+done
+for pid in "${both[@]}"; do wait "$pid" || die "one of the two did not answer"; done
+end demo-a
+end demo-b
+# What a machine is known by has to differ in all of it.
+jq -se '[.[0], .[1]] as [$a, $b] | [$a | keys[] | select(. != "restored") | select($a[.] == $b[.])] == []' \
+  "$DIR"/runs/identity-demo-*.json >/dev/null || die "the two are not distinct: $(cat "$DIR"/runs/identity-demo-*.json)"
 
 jq -s --arg host "$(uname -r)" \
   '{ vmm: .[0].vmm, accelerator: .[0].accelerator, host_kernel: $host, guest_kernel: .[0].guest_kernel,
-     runs: map(.run) }' "$DIR"/runs/[0-9]*.json >"$TARGET/demo.json.new"
+     runs: map(.run) }' "$DIR"/runs/[0-9]*.json "$DIR"/runs/demo-[ab].json >"$TARGET/demo.json.new"
 # A guest's kernel may be of the host's release, but never of its boot.
 jq -se --arg boot "$(cat /proc/sys/kernel/random/boot_id)" 'all(.boot_id and .boot_id != $boot)' "$DIR"/runs/answer-*.json >/dev/null ||
   die "the service runs under the host's own kernel: $(cat "$DIR"/runs/answer-*.json)"
-jq -e '.vmm and .accelerator and .guest_kernel and ([.runs[].status] | all(. == 200))' \
+jq -e '.vmm and .accelerator and .guest_kernel and ([.runs[].status] | all(. == 200))
+  and .runs[0].way == "direct" and ([.runs[1:][].way] | all(. == "image"))' \
   "$TARGET/demo.json.new" >/dev/null || die "this is not what a microVM gives: $(cat "$TARGET/demo.json.new")"
 mv "$TARGET/demo.json.new" "$TARGET/demo.json"
 
 say "taking everything down"
 "$ROOT/hack/containerd.sh" stop "$DIR"
+rm -rf "$DIR/snapshots"
 left=$(processes_naming "$DIR/")
 [ -z "$left" ] || die "left behind: $(ps -o pid=,args= -p "$(paste -sd, <<<"$left")")"
 
@@ -131,5 +202,10 @@ jq -r '"
   (.runs | to_entries[] |
     "  \(.key + 1 | tostring | (. + "    ")[0:4]) \(.value.way | tostring | (. + "        ")[0:8]) \(.value.first_response_ms | tostring | ("      " + .)[-8:]) ms     \(.value.status)   \(.value.phases | to_entries | map("\(.key) \(.value | round)") | join(", "))")' \
   "$TARGET/demo.json"
+jq -sr '"",
+  "  the last two  \(.[0].hostname)                              \(.[1].hostname)",
+  (["epoch", "kernel_uuid", "uuid4", "urandom", "random", "ssl"][] as $what
+    | "  \($what | (. + "              ")[0:14])\(.[0][$what] | tostring | (. + "                                        ")[0:40])\(.[1][$what])")' \
+  "$DIR"/runs/identity-demo-*.json
 printf '\n'
 say "the same is in $TARGET/demo.json"

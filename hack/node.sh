@@ -102,17 +102,19 @@ boot() {
 
 halt() {
   local pid
-  # One that was killed leaves its disk.
-  pid=$(keeper) || { rm -f "$STATE/scratch.ext4"; return 0; }
-  kill -TERM "$pid" 2>/dev/null || true
-  for _ in $(seq 100); do
-    keeper >/dev/null || break
-    sleep 0.1
-  done
   if pid=$(keeper); then
-    say "note: the node's keeper (process $pid) did not end in 10 s and is killed, with all it started"
-    kill -KILL "$pid" || true
+    kill -TERM "$pid" 2>/dev/null || true
+    for _ in $(seq 100); do
+      keeper >/dev/null || break
+      sleep 0.1
+    done
+    if pid=$(keeper); then
+      say "note: the node's keeper (process $pid) did not end in 10 s and is killed, with all it started"
+      kill -KILL "$pid" || true
+    fi
   fi
+  # One that was killed, now or before, leaves its disk and its sockets.
+  rm -f "$STATE/scratch.ext4"
   rm -rf "$SOCKETS"
   rmdir /run/chsnap-dev 2>/dev/null || true
 }

@@ -102,9 +102,9 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
 
 
-def main():
+def main(handler=Handler):
     port = int(os.environ.get("PORT", "8080"))
-    server = Server(("0.0.0.0", port), Handler)
+    server = Server(("0.0.0.0", port), handler)
     # shutdown() waits for serve_forever(), which this thread runs.
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
     print(f"listening on port {port}", flush=True)

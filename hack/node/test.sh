@@ -32,7 +32,7 @@ fi
 suite() {
   if [ "$ARCH" != "$(host_arch)" ]; then use_cross "$ARCH" || die "no toolchain for $ARCH: run hack/setup.sh cross"; fi
   cd "$ROOT"
-  CARGO_TARGET_DIR=$TARGET cargo test --locked --release "${target[@]}" -p chsnap-tests --test suite --no-run --message-format=json-render-diagnostics |
+  CARGO_TARGET_DIR=$TARGET cargo test --locked --release "${target[@]}" --workspace --test suite --no-run --message-format=json-render-diagnostics |
     jq -r 'select(.reason == "compiler-artifact" and .target.name == "suite") | .executable // empty' | tail -n 1
 }
 say "building the integration tests for $ARCH"
