@@ -26,7 +26,8 @@ impl Host {
         let dir = tempfile::tempdir().unwrap();
         let (root, config) = (dir.path().join("snapshots"), dir.path().join("config.toml"));
         fs::write(&config, format!("[snapshot]\ndir = {root:?}\nbudget = \"1MiB\"\n")).unwrap();
-        let store = Store::open(&root, 1 << 20).unwrap();
+        // What is built here is to be more than the command line's budget.
+        let store = Store::open(&root, 1 << 30).unwrap();
         Self { dir, config, store }
     }
 
