@@ -68,6 +68,8 @@ impl Config {
             ("deadlines.boot", self.deadlines.boot),
             ("deadlines.agent_call", self.deadlines.agent_call),
             ("deadlines.restore", self.deadlines.restore),
+            ("deadlines.ready", self.deadlines.ready),
+            ("deadlines.hooks", self.deadlines.hooks),
             ("deadlines.stop", self.deadlines.stop),
         ];
         let deadline = deadlines.into_iter().find_map(|(key, value)| {
