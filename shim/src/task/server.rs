@@ -126,13 +126,20 @@ impl Shim for Actions {
 pub async fn start(opts: StartOpts) -> Result<String, Error> {
     let pod = pod_of(&opts.id);
     let address = opts.socket_address(&pod);
-    if pod == opts.id {
+    let socket = address.strip_prefix("unix://").unwrap_or(&address);
+    let is_first = pod == opts.id;
+    if is_first {
         shim::spawn(opts, &pod, Vec::new()).await?;
-        // spawn() answers when the server listens or has ended; in the second case the reason is on our stderr.
-        let socket = address.strip_prefix("unix://").unwrap_or(&address);
-        if StdStream::connect(socket).is_err() {
-            return Err(Error::Other("the shim's server did not start".into()));
-        }
+    }
+    if let Err(err) = StdStream::connect(socket) {
+        return Err(match is_first {
+            // spawn() answers when the server listens or has ended; in the second case the reason is on our stderr.
+            true => Error::Other("the shim's server did not start".into()),
+            false => Error::IoError {
+                context: format!("the pod {pod:?} has no shim that runs (any more), to which the container could be added"),
+                err,
+            },
+        });
     }
     // containerd before 1.7 finds the shim again by this file in the bundle; later ones keep a file of their own.
     std::fs::write("address", &address)
