@@ -128,6 +128,19 @@ pub enum StartError {
     Expose(#[from] ExposeError),
 }
 
+impl StartError {
+    /// Whether it is that the agent could no longer be reached, for which there may be a reason.
+    pub(super) fn is_of_channel(&self) -> bool {
+        match self {
+            Self::Channel(_) => true,
+            Self::Agent(e) | Self::Resume(e) | Self::Adopt(e) | Self::Container(e) => {
+                matches!(e, AgentError::Session(_) | AgentError::Lost { .. })
+            }
+            _ => false,
+        }
+    }
+}
+
 /// A container could not be added to a running pod.
 #[derive(Debug, Error)]
 pub enum ContainerError {
@@ -140,4 +153,7 @@ pub enum ContainerError {
     /// The pod is being stopped.
     #[error("the pod is being stopped")]
     Stopped,
+    /// There is no machine to add it to.
+    #[error("the pod's VM is gone: {0}")]
+    Gone(String),
 }

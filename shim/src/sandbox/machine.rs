@@ -114,7 +114,6 @@ pub(crate) async fn meet_agent(
     agent_call: Duration,
     origin: Origin<'_>,
 ) -> Result<(Agent, InfoResponse), StartError> {
-    let (mut exited, mut exited_too) = (vm.exited(), vm.exited());
     let met = async {
         let channel = vm.channel().await?;
         let (agent, info) = Agent::open(channel, agent_call).await?;
@@ -125,6 +124,22 @@ pub(crate) async fn meet_agent(
         }
         Ok((agent, info))
     };
+    let in_time = async {
+        timeout_at(patience.until.into(), met).await.unwrap_or_else(|_| {
+            let (seconds, key) = (patience.whole.as_secs_f32(), patience.key);
+            Err(StartError::NoAgent { seconds, key, console: vm.console() })
+        })
+    };
+    while_alive(vm, virtiofsd, in_time).await
+}
+
+/// Does `work`, for as long as machine and virtiofsd live: whichever ends first explains why it was not done.
+pub(crate) async fn while_alive<T>(
+    vm: &dyn Vm,
+    virtiofsd: &mut Virtiofsd,
+    work: impl Future<Output = Result<T, StartError>>,
+) -> Result<T, StartError> {
+    let (mut exited, mut exited_too) = (vm.exited(), vm.exited());
     tokio::select! {
         // In this order: a dead machine explains a broken channel, not the other way round.
         biased;
@@ -138,19 +153,13 @@ pub(crate) async fn meet_agent(
             Some(exit) => Err(StartError::Died { how: describe(&exit) }),
             None => Err(StartError::VirtiofsdEnded(ended.how)),
         },
-        met = timeout_at(patience.until.into(), met) => match met {
-            Ok(Ok(met)) => Ok(met),
-            Ok(Err(e)) => {
-                // The channel breaks a moment before the VMM is reaped.
-                match timeout(Duration::from_millis(500), settled(&mut exited_too)).await.ok().flatten() {
-                    Some(exit) => Err(StartError::Died { how: describe(&exit) }),
-                    None => Err(e),
-                }
-            }
-            Err(_) => {
-                let (seconds, key) = (patience.whole.as_secs_f32(), patience.key);
-                Err(StartError::NoAgent { seconds, key, console: vm.console() })
-            }
+        done = work => match done {
+            // The channel breaks a moment before the VMM is reaped.
+            Err(e) if e.is_of_channel() => match timeout(Duration::from_millis(500), settled(&mut exited_too)).await {
+                Ok(Some(exit)) => Err(StartError::Died { how: describe(&exit) }),
+                _ => Err(e),
+            },
+            done => done,
         },
     }
 }

@@ -41,7 +41,7 @@ pub use ways::Wanting;
 pub use crate::guest::KernelError;
 
 use crate::{
-    agent::Agent,
+    agent::{Agent, AgentError},
     cgroup::Cgroup,
     config::{AnnotationError, Config, GuestConfig, Overrides, Shape},
     guest,
@@ -51,6 +51,9 @@ use crate::{
     state::Way,
     vmm::{self, Vm},
 };
+
+/// How long after a broken channel the machine's end may take to show.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// What a pod's machine is made from.
 #[derive(Debug)]
@@ -235,7 +238,18 @@ impl Sandbox {
             self.forget(new.id).await;
         }
         share.remove_container(new.id);
-        Err(ContainerError::Agent(error))
+        Err(match self.why_lost(&error).await {
+            Some(why) => ContainerError::Gone(why),
+            None => ContainerError::Agent(error),
+        })
+    }
+
+    /// Why the agent was lost, where its machine's end explains it.
+    pub async fn why_lost(&self, error: &AgentError) -> Option<String> {
+        if !error.is_unknown() {
+            return None;
+        }
+        timeout(GRACE, settled(&mut self.gone())).await.ok().flatten()
     }
 
     async fn forget(&self, container: &str) {
@@ -269,7 +283,10 @@ impl Sandbox {
             })
             .await;
         }
-        self.vm.kill().await;
+        // A process that the kernel does not let go of is no reason to keep everything else.
+        if timeout(GRACE.max(self.stop_deadline), self.vm.kill()).await.is_err() {
+            log::error!("the VMM (process {}) does not end although it was killed", self.vm.pid());
+        }
         self.guard.abort();
         *self.share.lock().await = None;
         self.cgroup.lock().await.remove();

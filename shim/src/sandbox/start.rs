@@ -8,6 +8,8 @@ use chsnap_protocol::{
     agent::{AdoptRequest, CreateProcessResponse, InfoResponse},
 };
 
+use ttrpc::Code;
+
 use super::{
     Built, Division, Exposed, Ground, Met, NewContainer, Phases, Request, RootError, StartError, Started, add_root,
     blueprint::own_environment,
@@ -70,12 +72,21 @@ pub(super) async fn build(
     Err(StartError::Required { why: why_not.join("; ") })
 }
 
-/// False for what a guest that booted would refuse as well.
+/// False for what a guest that booted would refuse as well: a request that makes no sense, a program that is not there. Not
+/// so what failed in the guest itself, which may well be the restored share's or kernel's fault.
 fn may_be_the_snapshots(error: &StartError) -> bool {
-    !matches!(
-        error,
-        StartError::Container(AgentError::Refused { .. }) | StartError::Expose(_) | StartError::Upper { .. }
-    )
+    const LIKEWISE: [Code; 5] = [
+        Code::INVALID_ARGUMENT,
+        Code::NOT_FOUND,
+        Code::PERMISSION_DENIED,
+        Code::FAILED_PRECONDITION,
+        Code::UNIMPLEMENTED,
+    ];
+    match error {
+        StartError::Container(AgentError::Refused { code, .. }) => !LIKEWISE.contains(code),
+        StartError::Expose(_) | StartError::Upper { .. } => false,
+        _ => true,
+    }
 }
 
 /// What each way starts from.
@@ -165,13 +176,11 @@ impl Stage<'_> {
             Candidate::Restore(kind, restore) => {
                 spec = machine::templates_spec(spec, *kind, restore.rung);
                 spec.deadline = deadlines.restore.duration();
-                (Origin::Snapshot(*kind, restore.snapshot.dir()), Some(Patience::restore(deadlines)))
+                (Origin::Snapshot(*kind, restore.snapshot.dir()), Patience::restore(deadlines))
             }
-            Candidate::Direct(_) => (Origin::Boot, None),
+            Candidate::Direct(_) => (Origin::Boot, Patience::boot(deadlines)),
         };
         let vm = machine::start(candidate.driver(), &spec, origin, virtiofsd).await?;
-        // A boot's begins when its VMM runs.
-        let patience = patience.unwrap_or_else(|| Patience::boot(deadlines));
         phases.mark(if candidate.way() == Way::Direct { "vmm" } else { "restore" });
         let met = async {
             let call = deadlines.agent_call.duration();
@@ -181,8 +190,12 @@ impl Stage<'_> {
                 Origin::Boot => phases.mark_two("kernel", "agent", init_to_ready(&info)),
                 Origin::Snapshot(..) => phases.mark("resume"),
             }
-            let streams = self.container(candidate.way(), &agent, root).await?;
-            let exposed = Exposed::open(self.ground.dir.path(), &self.request.overrides.expose, &agent).await?;
+            let container = async {
+                let streams = self.container(candidate.way(), &agent, root).await?;
+                let exposed = Exposed::open(self.ground.dir.path(), &self.request.overrides.expose, &agent).await?;
+                Ok((streams, exposed))
+            };
+            let (streams, exposed) = machine::while_alive(&*vm, virtiofsd, container).await?;
             phases.mark("container");
             Ok(Met { agent, info, streams, exposed })
         };
@@ -220,4 +233,18 @@ impl Stage<'_> {
 
 fn init_to_ready(info: &InfoResponse) -> Duration {
     Duration::from_nanos(info.agent_ready_ns.saturating_sub(info.init_start_ns))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_every_guest_would_refuse_ends_the_request() {
+        let refused = |code| StartError::Container(AgentError::Refused { code, message: String::new() });
+        assert!(!may_be_the_snapshots(&refused(Code::NOT_FOUND)), "a program that is not there");
+        assert!(may_be_the_snapshots(&refused(Code::INTERNAL)), "an I/O error on the restored share");
+        let lost = AgentError::Lost { call: "CreateContainer", reason: String::new() };
+        assert!(may_be_the_snapshots(&StartError::Container(lost)));
+    }
 }

@@ -104,6 +104,9 @@ pub enum TaskError {
     /// The agent.
     #[error("the guest refused")]
     Agent(#[from] AgentError),
+    /// It said nothing.
+    #[error("the guest does not answer")]
+    NoAnswer(#[source] AgentError),
     /// Nobody waits for the container; the text is only for the log.
     #[error("containerd went away before the container {0:?} was created, so it was taken down")]
     Abandoned(String),
@@ -140,6 +143,7 @@ impl TaskError {
             | Self::Start(_)
             | Self::Container(_)
             | Self::Agent(_)
+            | Self::NoAnswer(_)
             | Self::Record(_)
             | Self::Encode(_) => Code::UNKNOWN,
         }

@@ -111,7 +111,11 @@ impl Service {
             Paths { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal: request.terminal };
         let local = Local::open(&paths).await?;
         let sandbox = self.machine().await?;
-        let streams = sandbox.agent().create_exec(&request.id, &request.exec_id, json, paths.wanted()).await?;
+        let created = sandbox.agent().create_exec(&request.id, &request.exec_id, json, paths.wanted()).await;
+        let streams = match created {
+            Ok(streams) => streams,
+            Err(e) => return Err(explain(&sandbox, e).await),
+        };
         let process = Arc::new(Process::new(&request.id, &request.exec_id, paths, streams, local, 0));
         self.watch_created(&process, &sandbox);
         execs.insert(request.exec_id.clone(), process);
@@ -341,13 +345,11 @@ async fn tell_exit(events: &Events, process: &Process, exit: &Exit) {
 
 /// A machine that is gone explains an agent that was lost.
 async fn explain(sandbox: &Sandbox, error: AgentError) -> TaskError {
-    if matches!(error, AgentError::Lost { .. }) {
-        let mut gone = sandbox.gone();
-        if let Ok(Some(why)) = timeout(GRACE, settled(&mut gone)).await {
-            return TaskError::Gone(why);
-        }
+    match sandbox.why_lost(&error).await {
+        Some(why) => TaskError::Gone(why),
+        None if error.is_unknown() => TaskError::NoAnswer(error),
+        None => TaskError::Agent(error),
     }
-    TaskError::Agent(error)
 }
 
 /// The OCI process of an exec; the request's terminal flag is the one that counts.
