@@ -120,6 +120,19 @@ impl Overrides {
         Ok(())
     }
 
+    /// These, and of `pod` what they leave open.
+    #[must_use]
+    pub fn or(self, pod: &Self) -> Self {
+        Self {
+            vcpus: self.vcpus.or(pod.vcpus),
+            memory: self.memory.or(pod.memory),
+            vmm: self.vmm.or(pod.vmm),
+            expose: if self.expose.is_empty() { pod.expose.clone() } else { self.expose },
+            snapshot: self.snapshot.or(pod.snapshot),
+            ready: self.ready.or_else(|| pod.ready.clone()),
+        }
+    }
+
     fn take(&mut self, name: &str, value: &str) -> Result<(), String> {
         match name {
             Annotations::VCPUS => {

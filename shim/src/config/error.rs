@@ -119,6 +119,23 @@ pub enum ShapeError {
         /// What says so.
         limited_by: &'static str,
     },
+    /// A further container's.
+    #[error(
+        "the memory limit of {limit} with guest.memory_overhead = {overhead} asks for {}MiB, but the pod's VM, which runs \
+         already, has {}MiB: set io.chsnap.memory on the pod (sandbox) or on its first container",
+        asked.as_mib(),
+        has.as_mib()
+    )]
+    Pod {
+        /// The container's.
+        limit: Size,
+        /// What the guest needs beside it.
+        overhead: Size,
+        /// Both.
+        asked: Size,
+        /// What there is.
+        has: Size,
+    },
     /// The host does not tell its own size.
     #[error("cannot find out how many CPUs and how much memory the host has from {from}")]
     Host {

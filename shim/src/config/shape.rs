@@ -65,6 +65,20 @@ impl Shape {
             memory_mib: memory(host, config, overrides, limits)?.as_mib(),
         })
     }
+
+    /// Whether a further container with these limits finds room in a guest of this shape.
+    ///
+    /// # Errors
+    /// Where its memory alone is more than there is.
+    pub fn holds(self, config: &Config, limits: Option<&LinuxResources>) -> Result<(), ShapeError> {
+        let Some(limit) = memory_limit(limits) else { return Ok(()) };
+        let overhead = config.guest.memory_overhead;
+        let (asked, has) = (with_overhead(limit, overhead), Size::mib(self.memory_mib));
+        match asked.as_mib() > self.memory_mib {
+            true => Err(ShapeError::Pod { limit, overhead, asked, has }),
+            false => Ok(()),
+        }
+    }
 }
 
 fn vcpus(
@@ -106,12 +120,7 @@ fn memory(
     limits: Option<&LinuxResources>,
 ) -> Result<Size, ShapeError> {
     let guest = &config.guest;
-    let limit = limits
-        .and_then(|limits| limits.memory().as_ref())
-        .and_then(|memory| memory.limit())
-        .and_then(|bytes| u64::try_from(bytes).ok())
-        .filter(|bytes| *bytes > 0)
-        .map(Size::bytes);
+    let limit = memory_limit(limits);
     let (asked, asked_by) = match (overrides.memory, limit) {
         (Some(memory), _) => (memory, format!("the annotation {}", Annotations::MEMORY)),
         (None, Some(limit)) => (
@@ -128,6 +137,11 @@ fn memory(
         return Err(ShapeError::Memory { asked, asked_by, allowed, limited_by });
     }
     Ok(asked)
+}
+
+fn memory_limit(limits: Option<&LinuxResources>) -> Option<Size> {
+    let limit = limits.and_then(|limits| limits.memory().as_ref()).and_then(|memory| memory.limit());
+    limit.and_then(|bytes| u64::try_from(bytes).ok()).filter(|bytes| *bytes > 0).map(Size::bytes)
 }
 
 /// So much that a container reaches its own limit before its guest runs out: the kernel keeps a 64th of all memory to
@@ -191,6 +205,19 @@ mod tests {
         assert_eq!(
             Shape::on(HOST, &config, &asked, None).unwrap_err().to_string(),
             "the annotation io.chsnap.memory asks for a guest with 2048MiB of memory, but guest.max_memory allows 1024MiB"
+        );
+    }
+
+    #[test]
+    fn a_further_container_has_to_find_room() {
+        let shape = Shape { vcpus: 1, memory_mib: 512 };
+        let config = Config::default();
+        assert!(shape.holds(&config, None).is_ok());
+        assert!(shape.holds(&config, Some(&limits(-1, 1, 256 << 20))).is_ok());
+        assert_eq!(
+            shape.holds(&config, Some(&limits(-1, 1, 512 << 20))).unwrap_err().to_string(),
+            "the memory limit of 512MiB with guest.memory_overhead = 80MiB asks for 600MiB, but the pod's VM, which runs \
+             already, has 512MiB: set io.chsnap.memory on the pod (sandbox) or on its first container"
         );
     }
 

@@ -331,6 +331,12 @@ impl Sandbox {
         overrides.fit(&self.overrides, self.shape, self.driver.0)
     }
 
+    /// The machine's size.
+    #[must_use]
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
     /// The pod's directory.
     #[must_use]
     pub fn dir(&self) -> &Path {

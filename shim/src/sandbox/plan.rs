@@ -3,7 +3,10 @@
 //! The host mounts the root and what is bound into it; the guest does the rest. What neither can do is refused here,
 //! before anything has been started.
 
-use std::path::{Path, PathBuf};
+use std::{
+    os::unix::fs::{FileTypeExt, MetadataExt},
+    path::{Path, PathBuf},
+};
 
 use chsnap_protocol::{NOTIFY_SOCKET, PUBLIC_MOUNT, PYTHON_DIR, SHARE_MOUNT};
 use oci_spec::runtime::{Mount, Spec};
@@ -230,6 +233,12 @@ fn wanted(m: Mount) -> Result<Wanted, PlanError> {
                 hint: "use ro, rro, nosuid, nodev, noexec and those of times; nothing of the guest's is seen by the host",
             });
         }
+        if let Some(kind) = of_the_host(&source) {
+            return Err(PlanError::Unsupported {
+                what: format!("a bind of the {kind} {source:?} of the host on {:?}", m.destination()),
+                hint: "its other end is the host's kernel, which the guest does not share; use files, directories or a port",
+            });
+        }
         return Ok(Wanted::Bind(Bind { source, destination: m.destination().clone(), options }));
     }
     if GUEST_TYPES.contains(&fstype) {
@@ -239,6 +248,21 @@ fn wanted(m: Mount) -> Result<Wanted, PlanError> {
         what: format!("a mount of type {fstype:?} on {:?}", m.destination()),
         hint: "use bind, tmpfs, proc, sysfs, devpts, mqueue or cgroup",
     })
+}
+
+/// What a file is that would lead to nowhere in the guest. Devices of the kind of /dev/null (mem, major number 1) are the same
+/// everywhere.
+fn of_the_host(path: &Path) -> Option<&'static str> {
+    let meta = std::fs::metadata(path).ok()?;
+    let kind = meta.file_type();
+    [
+        (kind.is_socket(), "socket"),
+        (kind.is_fifo(), "fifo"),
+        (kind.is_block_device(), "block device"),
+        (kind.is_char_device() && libc::major(meta.rdev()) != 1, "device"),
+    ]
+    .into_iter()
+    .find_map(|(is, name)| is.then_some(name))
 }
 
 fn bind_in_guest(destination: PathBuf, source: PathBuf, options: &[String]) -> Mount {

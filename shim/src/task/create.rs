@@ -1,17 +1,18 @@
 //! Create: from containerd's request to a container whose machine runs.
 
-use std::{os::unix::ffi::OsStrExt, path::Path, sync::Arc};
+use std::{path::Path, sync::Arc};
 
 use chsnap_protocol::agent::CreateProcessResponse;
 use containerd_shim_protos::{
     api::{CreateTaskRequest, Mount},
     events::task::{TaskCreate, TaskIO},
 };
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 use tokio::sync::Mutex;
 
 use super::{
     Container, Service, TaskError, chain, options,
+    pause::{self, Pod},
     process::Process,
     stdio::{Local, Paths},
 };
@@ -40,15 +41,21 @@ impl Service {
         if !self.debug {
             log::set_max_level(config.log.level.into());
         }
-        let overrides = Annotations::parse(&spec.annotations().clone().unwrap_or_default())?;
-        let resources = spec.linux().as_ref().and_then(|l| l.resources().clone());
-        let shape = Shape::of(&config, &overrides, resources.as_ref())?;
-        let cgroups_path = spec
+        let annotations = spec.annotations().clone().unwrap_or_default();
+        let mut overrides = Annotations::parse(&annotations)?;
+        let mut limits = spec.linux().as_ref().and_then(|l| l.resources().clone());
+        let mut cgroups_path = spec
             .linux()
             .as_ref()
             .and_then(|l| l.cgroups_path().as_ref())
             .map(|p| p.display().to_string())
             .unwrap_or_default();
+        let own_limits = limits.clone();
+        if let Some(pod) = self.pod.lock().await.clone() {
+            overrides = overrides.or(&pod.overrides);
+            limits = pod.limits.or(limits);
+            cgroups_path = pod.cgroups_path;
+        }
         let root = spec.root().as_ref().map(|r| r.path().clone()).unwrap_or_default();
         let plan = Plan::of(&request.id, spec)?.with_ready(overrides.ready.as_ref());
         if !plan.ignored.is_empty() {
@@ -60,21 +67,29 @@ impl Service {
             stderr: request.stderr.clone(),
             terminal: request.terminal,
         };
+        // For the `delete` action, should this process be killed: it is not told the configuration.
+        let dir = dir_of(&config.state.dir, &self.namespace, &self.id).map_err(StartError::from)?;
+        pause::note(&request.bundle, &dir)
+            .map_err(|source| TaskError::Bundle { path: Path::new(&request.bundle).join(DIR_FILE), source })?;
+        if pause::is_pause(&annotations) {
+            let limits = pause::limits(&annotations);
+            // Before the pod is said to be there: no VM could ever be that large.
+            Shape::of(&config, &overrides, limits.as_ref())?;
+            return self.create_pause(created, paths, Pod { overrides, cgroups_path, limits }).await;
+        }
+        let shape = Shape::of(&config, &overrides, limits.as_ref())?;
         let local = Local::open(&paths).await?;
         let mut rootfs: Vec<RootMount> = request.rootfs.iter().map(root_mount).collect();
         if rootfs.is_empty() {
             rootfs.push(bound_root(&request.bundle, &root));
         }
         let new = NewContainer { id: &request.id, rootfs: &rootfs, plan: &plan, stdio: paths.wanted() };
-        // For the `delete` action, should this process be killed: it is not told the configuration.
-        let note = Path::new(&request.bundle).join(DIR_FILE);
-        let dir = dir_of(&config.state.dir, &self.namespace, &self.id).map_err(StartError::from)?;
-        std::fs::write(&note, dir.as_os_str().as_bytes()).map_err(|source| TaskError::Bundle { path: note, source })?;
         phases.mark("prepare");
 
-        let (streams, sandbox) = self
+        let (streams, sandbox, starts) = self
             .place(
                 &new,
+                own_limits.as_ref(),
                 &Request {
                     containerd: &self.address,
                     namespace: &self.namespace,
@@ -90,7 +105,7 @@ impl Service {
         let init = Arc::new(Process::new(&request.id, "", paths, streams, local, sandbox.pid()));
         // From the next line on, an end may be told.
         created.pid = init.pid();
-        if request.id == self.id {
+        if starts {
             created.checkpoint = restored_from(sandbox.started());
         }
         self.events.publish(created).await;
@@ -116,21 +131,23 @@ impl Service {
         TaskError::Abandoned(id)
     }
 
-    /// Puts the container into the pod's machine, which the first one starts.
+    /// Puts the container into the pod's machine, which the first one starts: the last answer says whether it has.
     async fn place(
         &self,
         new: &NewContainer<'_>,
+        limits: Option<&LinuxResources>,
         request: &Request<'_>,
         phases: &mut Phases,
-    ) -> Result<(CreateProcessResponse, Arc<Sandbox>), TaskError> {
+    ) -> Result<(CreateProcessResponse, Arc<Sandbox>, bool), TaskError> {
         let mut slot = self.sandbox.lock().await;
         if self.containers.lock().await.contains_key(new.id) {
             return Err(TaskError::Exists { what: "container", id: new.id.into() });
         }
         if let Some(sandbox) = slot.as_ref() {
             sandbox.accepts(request.overrides)?;
+            sandbox.shape().holds(request.config, limits)?;
             let streams = sandbox.add(new).await?;
-            return Ok((streams, Arc::clone(sandbox)));
+            return Ok((streams, Arc::clone(sandbox), false));
         }
         let (sandbox, streams) = Sandbox::start(request, new, phases).await?;
         let sandbox = Arc::new(sandbox);
@@ -157,7 +174,7 @@ impl Service {
             .await;
         }
         *slot = Some(Arc::clone(&sandbox));
-        Ok((streams, sandbox))
+        Ok((streams, sandbox, true))
     }
 }
 

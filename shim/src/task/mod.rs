@@ -1,6 +1,7 @@
 //! containerd's task API (runtime v2): the door through which everything comes.
 //!
-//! One service serves a pod: its first container starts the machine, its last one's deletion ends it.
+//! One service serves a pod: its first container starts the machine, its last one's deletion ends it. A sandbox container, as
+//! Kubernetes has one, is none of these, see `pause`.
 
 use std::{
     collections::HashMap,
@@ -18,6 +19,7 @@ mod error;
 mod events;
 mod info;
 mod options;
+mod pause;
 mod process;
 mod run;
 pub mod server;
@@ -30,7 +32,7 @@ pub use events::Events;
 pub use process::{Exit, Life, Process};
 pub use service::Api;
 
-use self::callers::Callers;
+use self::{callers::Callers, pause::Pod};
 use crate::sandbox::Sandbox;
 
 /// A container and its processes.
@@ -64,6 +66,8 @@ pub struct Service {
     containers: Mutex<HashMap<String, Arc<Container>>>,
     /// Held for as long as the machine starts or stops, so that there is one at most.
     sandbox: Mutex<Option<Arc<Sandbox>>>,
+    /// What was said of the pod before it had a container to run.
+    pod: Mutex<Option<Pod>>,
     watchers: Watchers,
     callers: Callers,
     /// containerd asked for everything in the log, whatever the configuration says.
@@ -105,6 +109,7 @@ impl Service {
             exit,
             containers: Mutex::default(),
             sandbox: Mutex::default(),
+            pod: Mutex::default(),
             watchers: Watchers::default(),
             callers: Callers::default(),
             debug,

@@ -76,6 +76,8 @@ pub struct Process {
     guest_pid: watch::Sender<u32>,
     /// OOM kills that containerd has heard of.
     oom_told: AtomicU64,
+    /// It is a sandbox container's, and in no machine.
+    pauses: bool,
 }
 
 impl std::fmt::Debug for Local {
@@ -118,7 +120,20 @@ impl Process {
             pid: watch::Sender::new(pid),
             guest_pid: watch::Sender::new(0),
             oom_told: AtomicU64::new(0),
+            pauses: false,
         }
+    }
+
+    /// That of a sandbox container, which only waits.
+    #[must_use]
+    pub fn pausing(self) -> Self {
+        Self { pauses: true, ..self }
+    }
+
+    /// It runs nothing, and in no machine.
+    #[must_use]
+    pub fn pauses(&self) -> bool {
+        self.pauses
     }
 
     /// The local ends, once.

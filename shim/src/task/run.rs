@@ -46,6 +46,9 @@ impl Service {
             Life::Running => return Err(not_created("is running already")),
             Life::Stopped(_) => return Err(not_created("has ended already")),
         }
+        if process.pauses() {
+            return Ok(self.start_pause(process).await);
+        }
         let sandbox = self.machine().await?;
         let local = process.take_local().await.ok_or_else(|| not_created("is being started already"))?;
         // Before the start, so that not even a process that ends at once has its output without a reader.
@@ -102,6 +105,10 @@ impl Service {
             let state = "is not running: nothing can be executed in it";
             return Err(TaskError::State { what: "container", id: request.id, state });
         }
+        if container.init.pauses() {
+            let state = "is the pod's sandbox, in which there is nothing to execute";
+            return Err(TaskError::State { what: "container", id: request.id, state });
+        }
         let mut execs = container.execs.lock().await;
         if execs.contains_key(&request.exec_id) {
             return Err(TaskError::Exists { what: "exec", id: request.exec_id });
@@ -146,6 +153,10 @@ impl Service {
             }
             Life::Running => drop(turn),
         }
+        if process.pauses() {
+            self.kill_pause(process, signal).await;
+            return Ok(());
+        }
         let sandbox = self.machine().await?;
         match sandbox.agent().signal(&process.container, &process.exec, signal, all).await {
             Ok(()) => Ok(()),
@@ -185,7 +196,7 @@ impl Service {
         Ok(process)
     }
 
-    /// Forgets a container; the machine ends with the last one.
+    /// Forgets a container; the machine ends with the last one that runs something.
     pub(super) async fn delete_container(&self, container: &Container) -> Result<(), TaskError> {
         let _turn = container.init.turn.lock().await;
         if container.init.life() == Life::Running {
@@ -208,14 +219,18 @@ impl Service {
         let mut slot = self.sandbox.lock().await;
         let mut containers = self.containers.lock().await;
         containers.remove(&container.id);
-        let last = containers.is_empty();
+        // A sandbox that waits for a container's successor needs no machine for that.
+        let last = containers.values().all(|other| other.init.pauses());
+        if containers.is_empty() {
+            *self.pod.lock().await = None;
+        }
         // What asks for containers is not to wait for the agent.
         drop(containers);
         if last {
             if let Some(sandbox) = slot.take() {
                 sandbox.stop().await;
             }
-        } else if let Some(sandbox) = slot.as_ref() {
+        } else if let Some(sandbox) = slot.as_ref().filter(|_| !container.init.pauses()) {
             sandbox.remove(&container.id).await;
         }
         Ok(())
@@ -239,7 +254,7 @@ async fn forget(sandbox: &Sandbox, container: &str, exec: &str) {
 }
 
 /// Whether a signal ends a process that does nothing about it, signal(7).
-fn ends_by_default(signal: u32) -> bool {
+pub(super) fn ends_by_default(signal: u32) -> bool {
     use Signal::{SIGCHLD, SIGCONT, SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU, SIGURG, SIGWINCH};
     const OTHERS: [Signal; 8] = [SIGCHLD, SIGCONT, SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU, SIGURG, SIGWINCH];
     signal != 0 && OTHERS.iter().all(|other| *other as u32 != signal)
@@ -333,7 +348,7 @@ async fn watch(events: Arc<Events>, process: Arc<Process>, container: Option<Arc
     process.relays.close_stdin();
 }
 
-async fn tell_exit(events: &Events, process: &Process, exit: &Exit) {
+pub(super) async fn tell_exit(events: &Events, process: &Process, exit: &Exit) {
     let mut event = TaskExit::new();
     event.container_id = process.container.clone();
     event.id = if process.exec.is_empty() { process.container.clone() } else { process.exec.clone() };

@@ -136,7 +136,9 @@ pub async fn start(opts: StartOpts) -> Result<String, Error> {
             // spawn() answers when the server listens or has ended; in the second case the reason is on our stderr.
             true => Error::Other("the shim's server did not start".into()),
             false => Error::IoError {
-                context: format!("the pod {pod:?} has no shim that runs (any more), to which the container could be added"),
+                context: format!(
+                    "the pod {pod:?} has no shim that runs (any more), to which the container could be added"
+                ),
                 err,
             },
         });

@@ -17,7 +17,7 @@ use containerd_shim_protos::{
     ttrpc::r#async::TtrpcContext,
 };
 
-use super::{Life, Service, TaskError, stats};
+use super::{Life, Service, TaskError, pause, stats};
 
 type Answer<T> = ttrpc::Result<T>;
 
@@ -139,6 +139,11 @@ impl Task for Api {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Answer<PidsResponse> {
         let container = self.0.container(&request.id).await?;
+        if container.init.pauses() {
+            let mut answer = PidsResponse::new();
+            answer.processes = pause::pids(&container.init);
+            return Ok(answer);
+        }
         let guest = match container.init.life() {
             Life::Running => self.0.machine().await?.agent().pids(&request.id).await.map_err(TaskError::from)?,
             _ => Vec::new(),
@@ -163,7 +168,7 @@ impl Task for Api {
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Answer<Empty> {
         let process = self.0.process(&request.id, &request.exec_id).await?;
-        if process.paths.terminal && !matches!(process.life(), Life::Stopped(_)) {
+        if process.paths.terminal && !process.pauses() && !matches!(process.life(), Life::Stopped(_)) {
             let sandbox = self.0.machine().await?;
             let (w, h) = (request.width, request.height);
             sandbox.agent().resize(&request.id, &request.exec_id, w, h).await.map_err(TaskError::from)?;
@@ -180,8 +185,10 @@ impl Task for Api {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Answer<StatsResponse> {
-        self.0.container(&request.id).await?;
-        let measured = self.0.machine().await?.agent().stats(&request.id).await.map_err(TaskError::from)?;
+        let measured = match self.0.container(&request.id).await?.init.pauses() {
+            true => Default::default(),
+            false => self.0.machine().await?.agent().stats(&request.id).await.map_err(TaskError::from)?,
+        };
         let mut answer = StatsResponse::new();
         answer.stats = Some(stats::metrics(&measured).map_err(TaskError::Encode)?).into();
         Ok(answer)

@@ -5,8 +5,10 @@
 //! CloseIO, so that a client that goes does not end the input.
 
 use std::{
+    ffi::OsString,
     fs, io,
-    os::unix::fs::FileTypeExt,
+    os::unix::{ffi::OsStringExt, fs::FileTypeExt},
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -115,6 +117,11 @@ async fn sink(stream: &'static str, path: &str) -> Result<Option<Sink>, StdioErr
         return Ok(None);
     }
     if let Some(file) = path.strip_prefix("file://") {
+        let file = unescaped(file);
+        // As containerd's runc shim does it.
+        if let Some(dir) = file.parent() {
+            tokio::fs::create_dir_all(dir).await.map_err(failed)?;
+        }
         let file: File = OpenOptions::new().append(true).create(true).open(file).await.map_err(failed)?;
         return Ok(Some(Box::new(file)));
     }
@@ -123,6 +130,22 @@ async fn sink(stream: &'static str, path: &str) -> Result<Option<Sink>, StdioErr
     }
     let fifo = pipe::OpenOptions::new().read_write(true).open_sender(path).map_err(failed)?;
     Ok(Some(Box::new(fifo)))
+}
+
+/// A URI's path: `%20` stands for a blank, RFC 3986, section 2.1.
+fn unescaped(path: &str) -> PathBuf {
+    let bytes = path.as_bytes();
+    let (mut plain, mut at) = (Vec::with_capacity(bytes.len()), 0);
+    while let Some(byte) = bytes.get(at) {
+        let escaped = || u8::from_str_radix(path.get(at + 1..at + 3)?, 16).ok();
+        let (byte, length) = match escaped().filter(|_| *byte == b'%') {
+            Some(escaped) => (escaped, 3),
+            None => (*byte, 1),
+        };
+        plain.push(byte);
+        at += length;
+    }
+    OsString::from_vec(plain).into()
 }
 
 /// The longest that a deleted process's output is waited for, however it moves.
@@ -249,4 +272,19 @@ pub async fn report(paths: &Paths, text: &str) {
     // Nobody may be reading.
     let write = tokio::io::AsyncWriteExt::write_all(&mut sink, line.as_bytes());
     let _ = timeout(Duration::from_millis(200), write).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_log_file_is_made_with_its_directory_and_named_as_a_uri() {
+        assert_eq!(unescaped("/a%20b/100%"), PathBuf::from("/a b/100%"));
+        assert_eq!(unescaped("/%zz%2"), PathBuf::from("/%zz%2"));
+        let dir = tempfile::tempdir().unwrap();
+        let uri = format!("file://{}/new/my%20log", dir.path().display());
+        assert!(sink("stdout", &uri).await.unwrap().is_some());
+        assert!(dir.path().join("new/my log").exists());
+    }
 }

@@ -8,27 +8,28 @@ use nix::sys::signal::Signal;
 
 use crate::{
     errors_asked::{
-        capability_unknown, cgroup_file_unknown, checkpoint, disk_limits, foreign_mount_namespace,
+        bind_socket, capability_unknown, cgroup_file_unknown, checkpoint, disk_limits, foreign_mount_namespace,
         foreign_pid_namespace, host_cpus, host_device, host_ipc, host_network, host_pid, id_too_long, intel_rdt,
         loop_root, mapped_mount, mount_option, mount_type, no_oom_killer, oci_hooks, pause, personality, propagation,
         rlimit_unknown, scheduling, sysctl_unknown, time_namespace, user_namespace,
     },
     errors_host::{
-        annotation_of_pod, pod_exists, shim_killed, shim_killed_in_boot, virtiofsd_killed_in_boot, vmm_killed_in_boot,
+        annotation_of_pod, memory_of_pod, pod_exists, pod_without_shim, shim_killed, shim_killed_in_boot,
+        virtiofsd_killed_in_boot, vmm_killed_in_boot,
     },
     share::Tmpfs,
 };
 
 crate::errors! {
     config_missing, config_directory, config_relative, config_syntax, config_unknown_key, config_unknown_table,
-    config_bad_value, config_out_of_range, config_relative_value, annotation_unknown, annotation_value, annotation_of_pod,
+    config_bad_value, config_out_of_range, config_relative_value, annotation_unknown, annotation_value, annotation_of_pod, memory_of_pod,
     snapshot_required, vcpus_too_many, memory_too_large, limit_too_large,
     host_network, host_pid, host_ipc, host_device, foreign_pid_namespace, foreign_mount_namespace, user_namespace, oci_hooks,
-    intel_rdt, personality, scheduling, host_cpus, disk_limits, no_oom_killer, propagation, mapped_mount, mount_option,
+    intel_rdt, personality, scheduling, host_cpus, disk_limits, no_oom_killer, propagation, mapped_mount, mount_option, bind_socket,
     time_namespace, capability_unknown, rlimit_unknown, sysctl_unknown, cgroup_file_unknown, loop_root,
     checkpoint, pause, mount_type,
-    log_binary, bind_source_missing, cgroup_path, state_dir_unusable, state_dir_full, id_too_long, pod_exists, port_busy, kvm_wanted,
-    vmm_missing, vmm_false, vmm_old, vmm_hangs, virtiofsd_missing, virtiofsd_false, virtiofsd_old, virtiofsd_of_qemu, virtiofsd_ends,
+    log_binary, bind_source_missing, cgroup_path, state_dir_unusable, state_dir_full, id_too_long, pod_exists, pod_without_shim, port_busy, kvm_wanted,
+    vmm_missing, vmm_false, vmm_old, vmm_hangs, vmm_gives_up, vmm_says_nothing, virtiofsd_missing, virtiofsd_false, virtiofsd_old, virtiofsd_of_qemu, virtiofsd_ends,
     kernel_missing, kernel_wrong, initramfs_missing, initramfs_wrong, init_fails, guest_panics, guest_hangs,
     vmm_killed_in_boot, virtiofsd_killed_in_boot, shim_killed_in_boot,
     guest_crashes, vmm_killed, virtiofsd_killed, shim_killed, agent_silent,
@@ -217,6 +218,24 @@ fn vmm_old(env: &Env) -> Result<String> {
 fn vmm_hangs(env: &Env) -> Result<String> {
     let container = with_vmm(env, "exec sleep 1000")?.settings(|s| s.set("deadlines", "boot", "\"2s\""));
     refused(container)
+}
+
+/// One that tells its version, and not more.
+fn pretending(env: &Env, then: &str) -> Result<String> {
+    let version =
+        if env.vmm == Vmm::CloudHypervisor { "cloud-hypervisor v53.0.0" } else { "QEMU emulator version 10.0.2" };
+    Ok(format!("[ \"$1\" = --version ] && exec echo '{version}'\n{then}"))
+}
+
+fn vmm_gives_up(env: &Env) -> Result<String> {
+    let script = pretending(env, "echo 'no such machine here' >&2; exit 3")?;
+    failed(with_vmm(env, &script)?.annotation("io.chsnap.snapshot", "off").command(["true"]).output()?, A_BOOT)
+}
+
+fn vmm_says_nothing(env: &Env) -> Result<String> {
+    let container = with_vmm(env, &pretending(env, "exec sleep 1000")?)?.annotation("io.chsnap.snapshot", "off");
+    let container = container.settings(|s| s.set("deadlines", "boot", "\"3s\"").set("vmm", "accelerator", "\"auto\""));
+    failed(container.command(["true"]).output()?, A_BOOT)
 }
 
 fn virtiofsd_missing(env: &Env) -> Result<String> {

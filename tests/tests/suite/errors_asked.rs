@@ -127,6 +127,14 @@ pub fn mount_option(env: &Env) -> Result<String> {
     refused(env.container().flags(["--mount", "type=bind,src=/,dst=/mnt,options=rbind:readonly"]))
 }
 
+/// A socket's other end is a process of the host's, and a kernel of its own does not know it.
+pub fn bind_socket(env: &Env) -> Result<String> {
+    let socket = env.dir.join("docker.sock");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket)?;
+    let mount = format!("type=bind,src={},dst=/run/docker.sock,options=rbind", socket.display());
+    refused(env.container().flags(["--mount", &mount]))
+}
+
 pub fn time_namespace(env: &Env) -> Result<String> {
     specified_for_guest(env, |spec| {
         let namespaces = spec["linux"]["namespaces"].as_array_mut();

@@ -47,6 +47,27 @@ pub fn annotation_of_pod(env: &Env) -> Result<String> {
     Ok(message)
 }
 
+/// A further container that alone wants more memory than the pod's machine has.
+pub fn memory_of_pod(env: &Env) -> Result<String> {
+    let started = env.container().sh("echo up; sleep 1000").start()?;
+    started.wait_log("up")?;
+    let beside = |mib: u64| {
+        let container = env.container().annotation("io.kubernetes.cri.sandbox-id", &started.id);
+        container.flags(["--memory-limit", &(mib << 20).to_string()]).command(["true"])
+    };
+    let message = failed(beside(1024).output()?, AT_ONCE)?;
+    beside(64).output()?.success()?;
+    ensure!(started.sh("echo still here")? == "still here");
+    started.remove()?;
+    Ok(message)
+}
+
+/// The shim of the pod was killed: what is to be added to it has nowhere to go.
+pub fn pod_without_shim(env: &Env) -> Result<String> {
+    let container = env.container().annotation("io.kubernetes.cri.sandbox-id", "no-such-pod").command(["true"]);
+    failed(container.output()?, AT_ONCE)
+}
+
 /// Nobody is left to say anything in the container's output. containerd tells the end, and knows no such task any more;
 /// that the name can be used again, too, is `restart::shim_killed`.
 pub fn shim_killed(env: &Env) -> Result<String> {

@@ -5,9 +5,12 @@ use std::{fs, path::PathBuf, time::Duration};
 use anyhow::{Context, Result, ensure};
 use chsnap_tests::{Container, Env, IMAGE, Started, Tools, eventually, http, kill};
 use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::events::follow;
 
 crate::cases! {
-    Once: shared_cgroup, two_containers, second_too_late, longest_id;
+    Once: shared_cgroup, two_containers, sandbox_without_vm, second_too_late, longest_id;
 }
 
 /// The path of a cgroup is whatever the specification says: two containers may have the same one.
@@ -53,6 +56,46 @@ fn two_containers(env: &Env) -> Result<()> {
     second.remove()?;
     ensure!(first.sh("echo still here")? == "still here");
     first.remove()
+}
+
+/// As Kubernetes does it: first a sandbox container, which knows nothing of what is to run, then containers, of which one
+/// may be followed by its successor. The machine is there for as long as something runs in it.
+fn sandbox_without_vm(env: &Env) -> Result<()> {
+    let vms = || env.processes(env.vmm_name()).len();
+    let pause = env.container();
+    let id = pause.id.clone();
+    let pause = pause
+        .annotation("io.kubernetes.cri.sandbox-id", &id)
+        .annotation("io.kubernetes.cri.container-type", "sandbox")
+        .annotation("io.kubernetes.cri.sandbox-memory", &(300_u64 << 20).to_string())
+        .annotation("io.chsnap.expose", "8080")
+        .command(["/pause"]);
+    let mut events = follow(env, &id)?;
+    let pause = pause.start()?;
+    ensure!(vms() == 0, "the sandbox costs a VM: {:?}", env.processes(env.vmm_name()));
+    env.ctr().wait_status(&id, "RUNNING")?;
+    let said = pause.exec(["true"]).output()?;
+    ensure!(said.code != 0 && said.stderr.contains("in which there is nothing to execute"), "{}", said.whole());
+    for round in ["first", "its successor"] {
+        let run = beside(env, &pause).sh("echo up; sleep 1000").start()?;
+        run.wait_log("up")?;
+        ensure!(vms() == 1, "{round}: {:?}", env.processes(env.vmm_name()));
+        // What the sandbox was told of the pod holds for its machine: 300 MiB, a 64th and 80 MiB beside.
+        let pods: Value = serde_json::from_str(&env.chsnap(["ps", "--json"])?.text()?)?;
+        let pod = pods.as_array().into_iter().flatten().find(|pod| pod["id"] == id).context("chsnap ps: no pod")?;
+        ensure!(pod["memory_mib"] == 385 && pod["exposed"][0]["guest_port"] == 8080, "{round}: {pod}");
+        ensure!(pause.pod_dir().join("8080.sock").exists(), "{round}");
+        let beside_it = beside(env, &pause).command(["echo", "both"]).output()?.success()?;
+        ensure!(beside_it.text() == "both\n" && vms() == 1, "{round}: {}", beside_it.whole());
+        run.remove()?;
+        ensure!(vms() == 0, "{round}: nothing runs in the VM any more: {:?}", env.processes(env.vmm_name()));
+        ensure!(env.ctr().status(&id)?.as_deref() == Some("RUNNING"), "{round}");
+    }
+    pause.kill("SIGTERM")?.success()?;
+    env.ctr().wait_status(&id, "STOPPED")?;
+    let exits: Vec<_> = events("/tasks/exit")?.into_iter().filter(|event| event.topic == "/tasks/exit").collect();
+    ensure!(exits.len() == 1 && exits[0].content["exit_status"].as_u64().unwrap_or(0) == 0, "{exits:?}");
+    pause.remove()
 }
 
 /// A second container that was not created in time is none, in the guest neither: its name can be used again.
