@@ -13,6 +13,7 @@ pub mod doctor;
 mod files;
 mod guest;
 pub mod image;
+mod oom;
 pub mod origin;
 pub mod program;
 mod ring;

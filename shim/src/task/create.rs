@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     config::{Annotations, Config, Shape},
+    oom,
     sandbox::{NewContainer, Phases, Plan, Request, Sandbox, StartError, Started, Wanting, dir_of},
     share::RootMount,
     state::{self, Exposed, State},
@@ -151,6 +152,12 @@ impl Service {
         }
         let (sandbox, streams) = Sandbox::start(request, new, phases).await?;
         let sandbox = Arc::new(sandbox);
+        // In the guest the agent sees to it; here it is about the whole guest.
+        if let Some(score) = new.plan.spec().process().as_ref().and_then(|process| process.oom_score_adj())
+            && let Err(error) = oom::adjust_children(score)
+        {
+            log::warn!("oomScoreAdj = {score} does not hold for the pod's VM: {error}");
+        }
         let state = state_of(request, &sandbox, phases);
         if let Err(e) = state.write(sandbox.dir()) {
             sandbox.stop().await;
