@@ -14,6 +14,8 @@ OUT=$TARGET/image
 [ "$ARCH" = "$(host_arch)" ] || OUT=$OUT-$ARCH
 APP=$ROOT/deploy/demo/app.py
 SEARCH=$ROOT/deploy/demo/search.py
+# As images have one, which a pod's is mounted over.
+HOSTS=$ROOT/deploy/demo/hosts
 SUITE=$(codename)
 # Python and enough of a shell to look around with.
 PACKAGES=python3,base-files,base-passwd,coreutils,dash,findutils,grep,sed,busybox,ca-certificates
@@ -51,10 +53,10 @@ if [ ! -f "$OUT/rootfs.tar" ] || ! stamped "${OUT##*/}-rootfs" "$want"; then
   step "${OUT##*/}" "making a Debian root with Python" make_rootfs || die "no root file system for the demo image"
   stamp "${OUT##*/}-rootfs" "$want"
 fi
-want=$(digest "$0" "$ROOT/hack/oci_pack.py" "$APP" "$SEARCH" "$(stat -c %Y "$OUT/rootfs.tar")")
+want=$(digest "$0" "$ROOT/hack/oci_pack.py" "$APP" "$SEARCH" "$HOSTS" "$(stat -c %Y "$OUT/rootfs.tar")")
 if [ ! -f "$OUT/python.tar" ] || ! stamped "${OUT##*/}" "$want"; then
   python3 "$ROOT/hack/oci_pack.py" --output "$OUT/python.tar" --name "$NAME" --arch "$ARCH" \
-    --base "$OUT/rootfs.tar" --file "$APP=/app/app.py" --file "$SEARCH=/app/search.py" --expose 8080/tcp --workdir /app \
+    --base "$OUT/rootfs.tar" --file "$APP=/app/app.py" --file "$SEARCH=/app/search.py" --file "$HOSTS=/etc/hosts" --expose 8080/tcp --workdir /app \
     --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin --env LANG=C.UTF-8 \
     -- python3 /app/app.py
   stamp "${OUT##*/}" "$want"

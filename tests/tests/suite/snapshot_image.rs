@@ -2,13 +2,13 @@
 
 use std::{
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result, ensure};
-use chsnap_tests::{Container, Env, Settings, Started, eventually, http, patience};
+use chsnap_tests::{Container, Env, Run, Settings, Started, eventually, http, patience};
 use serde_json::Value;
 
 use crate::{
@@ -23,29 +23,41 @@ crate::cases! {
           neither_restored;
 }
 
-/// Answers what it is, and says when it is ready.
+/// Answers what it is, and says when it is ready. Before that it has read what pods have files of their own for, keeps it open
+/// and mapped, and has drawn from every source of random numbers there is.
 const APP: &str = r#"
-import http.server, json, os, random, socket, ssl, time, uuid
+import http.server, json, mmap, os, random, socket, ssl, time, uuid
 from snapshot_restore_py import register_before_snapshot, register_after_restore
 
-events, hosts = [], open("/etc/hosts").read() if os.path.exists("/etc/hosts") else ""
+def kernel(): return open("/proc/sys/kernel/random/uuid").read().strip()
+def epoch(): return open("/dev/chsnap/epoch").read().strip()
+def hosts(): return open("/etc/hosts").read()
+def secret(): return open("/run/secrets/word").read() if os.path.exists("/run/secrets/word") else None
+
+events, hook = [], {}
 log = open("/warm.log", "a", buffering=1)
 log.write("warm\n")
+of_image = open("/etc/hosts")
+mapped = mmap.mmap(of_image.fileno(), 0, prot=mmap.PROT_READ)
+template = {"hosts": hosts(), "mapped": mapped[:].decode(), "hostname": socket.gethostname(), "epoch": epoch()}
 random.seed(7)
+ssl.RAND_bytes(8), os.urandom(8), kernel(), uuid.uuid4()
 register_before_snapshot(events.append, "before")
 @register_after_restore
 def after():
     events.append("after")
+    # Whatever is asked for in here was the pod's own before the first line of this process ran again.
+    hook.update(hosts=hosts(), secret=secret(), hostname=socket.gethostname(), epoch=epoch(), time=time.time(),
+                urandom=os.urandom(8).hex(), kernel=kernel(), who=os.environ.get("WHO"))
     log.write("restored\n")
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         body = json.dumps({
             "random": random.random(), "ssl": ssl.RAND_bytes(8).hex(), "urandom": os.urandom(8).hex(),
-            "uuid4": str(uuid.uuid4()), "kernel": open("/proc/sys/kernel/random/uuid").read().strip(),
-            "epoch": open("/dev/chsnap/epoch").read().strip(), "hostname": socket.gethostname(),
+            "uuid4": str(uuid.uuid4()), "kernel": kernel(), "epoch": epoch(), "hostname": socket.gethostname(),
             "who": os.environ.get("WHO"), "time": time.time(), "events": events, "pid": os.getpid(),
-            "hosts": open("/etc/hosts").read(), "log": open("/warm.log").read(),
+            "hosts": hosts(), "secret": secret(), "log": open("/warm.log").read(), "hook": hook, "template": template,
         }).encode()
         log.write("served\n")
         self.send_response(200)
@@ -59,6 +71,9 @@ print("up", flush=True)
 socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"READY=1", os.environ["NOTIFY_SOCKET"])
 server.serve_forever()
 "#;
+/// Of the container; its guest has a little more.
+const MEMORY: &str = "314572800";
+const IN_IMAGE: &str = "127.0.0.1 localhost of-the-image\n";
 
 /// With image snapshots, built beside pods.
 pub fn imaged(env: &Env) -> Settings {
@@ -72,9 +87,16 @@ pub fn imaged(env: &Env) -> Settings {
 fn app<'a>(env: &'a Env, settings: &Settings, who: &str) -> Result<Container<'a>> {
     let hosts = env.dir.join(format!("hosts-{who}"));
     fs::write(&hosts, format!("127.0.0.1 {who}\n"))?;
-    let mount = format!("type=bind,src={},dst=/etc/hosts,options=rbind:ro", hosts.display());
+    let secret = env.dir.join(format!("secret-{who}"));
+    fs::create_dir_all(&secret)?;
+    fs::write(secret.join("word"), who)?;
+    let mount = |source: &Path, place: &str| format!("type=bind,src={},dst={place},options=rbind:ro", source.display());
+    // The first in the root, the second below a mount of the guest's.
+    let mounts = [mount(&hosts, "/etc/hosts"), mount(&secret, "/run/secrets")];
     let app = container(env, settings).python(APP).annotation("io.chsnap.ready", "notify");
-    Ok(app.annotation("io.chsnap.expose", "8080").flags(["--env", &format!("WHO={who}"), "--mount", &mount]))
+    let app =
+        app.annotation("io.chsnap.expose", "8080").flags(["--env", &format!("WHO={who}"), "--memory-limit", MEMORY]);
+    Ok(app.flags(["--mount", &mounts[0], "--mount", &mounts[1]]))
 }
 
 fn asked(pod: &Started<'_>) -> Result<Value> {
@@ -106,12 +128,16 @@ fn initialised(env: &Env) -> Result<()> {
     is(env, &first, "direct", "no image snapshot yet")?;
     let booted = asked(&first)?;
     ensure!(booted["events"] == serde_json::json!([]) && booted["who"] == "first", "{booted}");
+    ensure!(booted["hosts"] == "127.0.0.1 first\n" && booted["secret"] == "first", "{booted}");
+    let layers = digest_of_layers(env, &first)?;
     finished(env)?;
     ensure!(kinds(env, &settings)? == ["base", "image"], "{:?}\n{}", list(env, &settings)?, env.daemon.log_tail(60));
     first.remove()?;
 
     let pods = ["one", "other"].map(|who| app(env, &settings, who).map(|pod| (who, pod)));
     let pods = pods.into_iter().collect::<Result<Vec<_>>>()?;
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).map(|since| since.as_secs_f64());
+    let started = &now()?;
     // At the same time, they are sure to be alike.
     let pods = thread::scope(|scope| {
         let threads: Vec<_> =
@@ -122,10 +148,20 @@ fn initialised(env: &Env) -> Result<()> {
     let mut said = Vec::new();
     for (who, pod) in &pods {
         is(env, pod, "image", "")?;
-        let now = || SystemTime::now().duration_since(UNIX_EPOCH).map(|since| since.as_secs_f64());
         let before = now()?;
         let answer = asked(pod)?;
         let after = now()?;
+        // The template's process had the image's file, and what it has read it remembers; what it has open is the image's.
+        let (hook, template) = (&answer["hook"], &answer["template"]);
+        ensure!(template["hosts"] == IN_IMAGE && template["mapped"] == IN_IMAGE, "{answer}");
+        for what in ["hosts", "secret", "hostname", "epoch", "who"] {
+            ensure!(hook[what] == answer[what], "{what} was not yet the pod's own in the hook: {answer}");
+        }
+        ensure!(template["epoch"] != answer["epoch"] && template["hostname"] != answer["hostname"], "{answer}");
+        let in_hook = hook["time"].as_f64().unwrap_or_default();
+        ensure!(*started - 0.05 <= in_hook && in_hook <= before + 0.05, "{started} <= {in_hook} <= {before}");
+        ensure!(answer["secret"] == *who, "{answer}");
+        ensure!(pod.sh("cat /sys/fs/cgroup/memory.max")? == MEMORY);
         ensure!(answer["events"] == serde_json::json!(["before", "after"]), "{answer}");
         ensure!(answer["who"] == *who && answer["hostname"] == pod.id.as_str(), "{answer}");
         ensure!(answer["hosts"] == format!("127.0.0.1 {who}\n"), "{answer}");
@@ -136,6 +172,9 @@ fn initialised(env: &Env) -> Result<()> {
     }
     for what in ["random", "ssl", "urandom", "uuid4", "kernel", "epoch", "hostname"] {
         ensure!(said[0][what] != said[1][what], "both have the same {what}: {said:?}");
+    }
+    for what in ["urandom", "kernel", "epoch", "hostname"] {
+        ensure!(said[0]["hook"][what] != said[1]["hook"][what], "both had the same {what} in their hooks: {said:?}");
     }
     for (_, pod) in &pods {
         // What the process said before it was saved is the beginning of what each says.
@@ -159,7 +198,17 @@ fn initialised(env: &Env) -> Result<()> {
     let created = events("/tasks/start")?;
     ensure!(created[0].content["checkpoint"] == "image", "the event does not name the way: {created:?}");
     ensure!(asked(&again)?["log"] == "warm\nrestored\n");
+    ensure!(digest_of_layers(env, &again)? == layers, "the image has changed");
     again.remove()
+}
+
+/// Of everything in the directories of a container's image: names, kinds, owners, modes, contents.
+fn digest_of_layers(env: &Env, pod: &Started<'_>) -> Result<String> {
+    let mounts = env.ctr().text(["snapshots", "mounts", "/", &pod.id])?;
+    let lowers = mounts.split([' ', ',']).find_map(|word| word.strip_prefix("lowerdir=")).context("no layers")?;
+    let dirs = lowers.split(':').flat_map(|dir| ["--directory", dir, "."]);
+    let script = r#"set -o pipefail; tar --create --sort=name --xattrs --numeric-owner --file=- "$@" | sha256sum"#;
+    Run::new("bash").args(["-c", script, "digest"]).args(dirs).limit(Duration::from_secs(120)).text()
 }
 
 /// Every sign of readiness is understood, by processes that know nothing of hooks.
