@@ -83,12 +83,14 @@ pub(crate) fn expect(env: &Env, id: &str, way: &'static str) {
 
 /// Flags and command of the launcher instead of these; none where the pod has to be started without it.
 pub(crate) fn launched(flags: &[OsString], command: &[OsString]) -> Option<(Vec<OsString>, Vec<OsString>)> {
-    let exposes = |pair: &[OsString]| match pair {
-        [flag, value] => flag == "--annotation" && value.to_string_lossy().starts_with("io.chsnap.expose="),
+    // What a snapshot does not know of: ports, and what of the host is bound into the root.
+    const ALIKE: [(&str, &str); 2] = [("--annotation", "io.chsnap.expose="), ("--mount", "type=bind,")];
+    let is_alike = |pair: &[OsString]| match pair {
+        [flag, value] => ALIKE.iter().any(|(name, word)| flag == name && value.to_string_lossy().starts_with(word)),
         _ => false,
     };
     let words: Vec<_> = command.iter().map(|word| word.to_str()).collect::<Option<_>>()?;
-    if !flags.chunks(2).all(exposes) || !PROGRAMS.contains(words.first()?) {
+    if !flags.chunks(2).all(is_alike) || !PROGRAMS.contains(words.first()?) {
         return None;
     }
     let variable = format!("{COMMAND}={}", serde_json::to_string(&words).ok()?);
