@@ -34,9 +34,13 @@ pub fn tool(variable: &str, name: &str) -> Option<PathBuf> {
         env::var_os(variable).map(PathBuf::from).into_iter().chain([target().join("tools/bin").join(name)]);
     let found = candidates.chain(env::split_paths(&path).map(|dir| dir.join(name))).find(|path| path.is_file());
     if found.is_none() {
-        let what = format!("no {name}: set {variable}, or run `make setup`");
+        let what = format!("no {name}: set {variable}");
         // Cloud Hypervisor is in no registry from which a set-up could take it.
-        if variable == "CHSNAP_CLOUD_HYPERVISOR" { skip(what) } else { skip_without_setup(what) }
+        if variable == "CHSNAP_CLOUD_HYPERVISOR" {
+            skip(what);
+        } else {
+            skip_without_setup(format!("{what}, or run `make setup`"));
+        }
     }
     found
 }
