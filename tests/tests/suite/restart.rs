@@ -64,7 +64,8 @@ fn nothing_is_left(env: &Env) -> Result<()> {
 /// A shim whose containerd goes away while its guest boots takes the container down by itself, which nobody waits for:
 /// containerd 2.1, when it comes back, does it too for one that has not come into being, 1.6 forgets the shim.
 fn containerd_ends_in_boot(env: &Env) -> Result<()> {
-    let container = env.container().sh("sleep 1000");
+    // A restore might well be quicker than we are.
+    let container = env.container().annotation("io.chsnap.snapshot", "off").sh("sleep 1000");
     let id = container.id.clone();
     let run = container.ctr(&["run"], &["-d"], None)?.start()?;
     let started = Started::adopt(env, &id);
