@@ -70,7 +70,7 @@ impl Containers {
             .map_err(|e| CgroupError::Read(self.cgroup_root.clone(), e.into()))?;
         let birth = Birth { namespaces: Namespaces::Same, cgroup: cgroup.as_fd(), beside: None };
         let helper = Arc::new(Process::new(old.cgroup.clone()));
-        Launching::spawn(&plan, birth, None, &helper, &self.reaper)?.running().await?;
+        Launching::spawn(&plan, birth, None, &helper, &self.reaper)?.done(&helper).await?;
 
         let (cgroup, init) = (old.cgroup.clone(), old.init.clone());
         let container =

@@ -14,7 +14,7 @@ use nix::{
 use tokio::io::{Interest, unix::AsyncFd};
 use ttrpc::Code;
 
-use super::{Process, Reaper};
+use super::{Exit, Process, Reaper};
 use crate::{
     error::{Coded, code_of},
     sys::{self, Namespaces, Plan, REPORT_LEN, Report},
@@ -39,6 +39,8 @@ pub enum LaunchError {
     },
     #[error("the process ended while it was set up")]
     Died,
+    #[error("what sets the process up was ended, with status {0}, before all of it was done")]
+    Undone(u32),
     #[error("cannot watch the process")]
     Watch(#[source] io::Error),
     #[error("cannot let the process go")]
@@ -164,6 +166,20 @@ impl Launching {
             Some(Report::Failed { step, errno }) => Err(self.failure(step, errno)),
             Some(Report::Ready { .. }) => Err(LaunchError::Died),
             None => Ok(()),
+        }
+    }
+
+    /// Waits for the end of a child that has no program: `process`, whose end the reaper tells.
+    ///
+    /// # Errors
+    /// Of the step that failed, or if it did not come to an end of its own.
+    pub async fn done(&self, process: &Process) -> Result<(), LaunchError> {
+        self.running().await?;
+        // The pipe closes just so when it is killed half-way.
+        match process.wait().await {
+            Ok(Exit { status: 0, .. }) => Ok(()),
+            Ok(Exit { status, .. }) => Err(LaunchError::Undone(status)),
+            Err(_) => Err(LaunchError::Died),
         }
     }
 }
