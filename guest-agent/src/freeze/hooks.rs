@@ -6,13 +6,17 @@
 use std::{
     collections::BTreeMap,
     fs, io,
-    os::unix::fs::PermissionsExt,
+    os::{fd::AsRawFd, unix::fs::PermissionsExt},
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use futures::{StreamExt, stream::FuturesUnordered};
+use nix::{
+    errno::Errno,
+    sys::socket::{MsgFlags, recv},
+};
 use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
@@ -81,7 +85,8 @@ struct Registry {
     latest: u64,
     /// Somebody was turned away.
     overrun: bool,
-    processes: BTreeMap<u64, mpsc::Sender<Question>>,
+    /// With their numbers in the guest.
+    processes: BTreeMap<u64, (i32, mpsc::Sender<Question>)>,
 }
 
 impl Hooks {
@@ -125,7 +130,7 @@ impl Hooks {
         }
         registry.latest += 1;
         let number = registry.latest;
-        registry.processes.insert(number, ask);
+        registry.processes.insert(number, (pid, ask));
         drop(registry);
         let hooks = self.clone();
         tokio::spawn(async move {
@@ -149,17 +154,16 @@ impl Hooks {
         let line: Arc<str> = line.into();
         let processes: Vec<_> = self.registry().processes.values().cloned().collect();
         let mut answers = FuturesUnordered::new();
-        for process in processes {
+        for (pid, process) in processes {
             let (answer, answered) = oneshot::channel();
             // One that has gone meanwhile has no hooks any more.
             if process.send((Arc::clone(&line), answer)).await.is_ok() {
-                answers.push(answered);
+                answers.push(async move { answered.await.unwrap_or(Err(HookError::HungUp { pid })) });
             }
         }
         let all = async {
             while let Some(answer) = answers.next().await {
-                // A process that ended before it was asked has nothing to say.
-                answer.unwrap_or(Ok(()))?;
+                answer?;
             }
             Ok(())
         };
@@ -175,26 +179,56 @@ struct Process {
     writer: OwnedWriteHalf,
 }
 
+/// What a process has done that was asked nothing.
+#[derive(Debug, PartialEq, Eq)]
+enum Unasked {
+    Nothing,
+    HungUp,
+    Spoke,
+}
+
 impl Process {
     async fn serve(mut self, mut questions: mpsc::Receiver<Question>) {
         if self.writer.write_all(GREETING.as_bytes()).await.is_err() {
-            return;
+            return has_left(questions).await;
         }
         loop {
-            let mut nothing = [0];
-            tokio::select! {
-                question = questions.recv() => {
-                    let Some((line, answer)) = question else { return };
-                    let result = self.ask(&line).await;
-                    let lost = matches!(result, Err(HookError::HungUp { .. } | HookError::Nonsense { .. }));
-                    let _ = answer.send(result);
-                    if lost {
-                        return;
-                    }
+            let question = tokio::select! {
+                question = questions.recv() => question,
+                // This is how its end is noticed. What it says instead waits for the next question, to spoil that.
+                said = self.reader.fill_buf() => match said {
+                    Ok([_, ..]) => questions.recv().await,
+                    _ => return has_left(questions).await,
+                },
+            };
+            let Some((line, answer)) = question else { return };
+            let result = match self.unasked() {
+                Unasked::Nothing => self.ask(&line).await,
+                // One that ended before it was asked has nothing to say.
+                Unasked::HungUp => Ok(()),
+                Unasked::Spoke => {
+                    Err(HookError::Nonsense { pid: self.pid, what: "it came before the question".into() })
                 }
-                // It has nothing to say unasked; this is how its end is noticed.
-                _ = self.reader.read(&mut nothing) => return,
+            };
+            let lost = matches!(result, Err(HookError::HungUp { .. } | HookError::Nonsense { .. }));
+            let _ = answer.send(result);
+            if lost {
+                return;
             }
+        }
+    }
+
+    /// Asked of the kernel, since the news may still be on its way through the runtime: what is there before the question
+    /// is not to be taken for its answer.
+    fn unasked(&self) -> Unasked {
+        if !self.reader.buffer().is_empty() {
+            return Unasked::Spoke;
+        }
+        let socket: &UnixStream = self.reader.get_ref().as_ref();
+        match recv(socket.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) {
+            Ok(1..) => Unasked::Spoke,
+            Err(Errno::EAGAIN | Errno::EINTR) => Unasked::Nothing,
+            Ok(0) | Err(_) => Unasked::HungUp,
         }
     }
 
@@ -216,6 +250,14 @@ impl Process {
             true => Ok(()),
             false => Err(HookError::Failed { pid, error: answer.error }),
         }
+    }
+}
+
+/// Nobody is there who could be asked.
+async fn has_left(mut questions: mpsc::Receiver<Question>) {
+    questions.close();
+    while let Some((_, answer)) = questions.recv().await {
+        let _ = answer.send(Ok(()));
     }
 }
 
@@ -291,5 +333,51 @@ mod tests {
         drop(registered(&path).await);
         tokio::time::sleep(Duration::from_millis(20)).await;
         hooks.run(&event, LONG).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn who_speaks_unasked_spoils_the_next_question() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let hooks = Hooks::default();
+        hooks.listen(&path).unwrap();
+        let event = Event::BeforeSnapshot;
+        // Noticed or not by the time it is asked; and what came first would do as an answer.
+        for early in [true, false] {
+            let mut one = registered(&path).await;
+            one.write_all(b"{\"ok\":true}\n").await.unwrap();
+            if early {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            let result = hooks.run(&event, LONG).await;
+            assert!(matches!(result, Err(HookError::Nonsense { .. })), "{result:?}");
+        }
+        // The answer to the next question, with that to this one.
+        let one = registered(&path).await;
+        let (result, (_, _one)) =
+            tokio::join!(hooks.run(&event, LONG), answered(one, "{\"ok\":true}\n{\"ok\":true}\n"));
+        result.unwrap();
+        let result = hooks.run(&event, LONG).await;
+        assert!(matches!(result, Err(HookError::Nonsense { .. })), "{result:?}");
+    }
+
+    #[tokio::test]
+    async fn a_question_that_nobody_answers_is_not_answered() {
+        let hooks = Hooks::default();
+        let (ask, mut questions) = mpsc::channel(1);
+        hooks.registry().processes.insert(1, (7, ask));
+        let lost = async { drop(questions.recv().await.unwrap()) };
+        let (result, ()) = tokio::join!(hooks.run(&Event::BeforeSnapshot, LONG), lost);
+        assert!(matches!(result, Err(HookError::HungUp { pid: 7 })), "{result:?}");
+
+        // But one that had hung up before has no hooks, be the question on its way or not.
+        let (ask, questions) = mpsc::channel(1);
+        hooks.registry().processes.insert(1, (7, ask));
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        let (reader, writer) = ours.into_split();
+        let process = Process { pid: 7, reader: BufReader::new(reader), writer };
+        let (result, ()) = tokio::join!(hooks.run(&Event::BeforeSnapshot, LONG), process.serve(questions));
+        result.unwrap();
     }
 }
