@@ -118,6 +118,9 @@ class _Plain:
 
 
 class _Connection:
+    # Of this process; a child of it begins with its parent's.
+    current = None
+
     def __init__(self, stream):
         self._stream = stream
         self._fd = stream.fileno()
@@ -149,6 +152,13 @@ class _Connection:
         except (EOFError, OSError, ValueError):
             self._others()
             self._stream.close()
+
+    def abandon(self):
+        """In a child: the parent alone is asked here, and has hung up when it has ended."""
+        self._others()
+        self._stream.close()
+        # A hook that forks goes on in the child, too, and is not to answer for the parent.
+        self._fd = -1
 
     def _event(self, event):
         kind = event.get("event")
@@ -196,7 +206,7 @@ def _connect():
     except OSError:
         stream.close()
         return
-    connection = _Connection(stream)
+    connection = _Connection.current = _Connection(stream)
     try:
         # The greeting: from here on this process is asked.
         if json.loads(connection.line()).get("hooks") != 1:
@@ -207,6 +217,13 @@ def _connect():
     threading.Thread(target=connection.serve, name="snapshot-hooks", daemon=True).start()
 
 
+def _after_fork():
+    # A thread does not survive a fork, and a worker is another process.
+    connection, _Connection.current = _Connection.current, None
+    if connection is not None:
+        connection.abandon()
+    _connect()
+
+
 _connect()
-# A thread does not survive a fork, and a worker is another process.
-os.register_at_fork(after_in_child=_connect)
+os.register_at_fork(after_in_child=_after_fork)

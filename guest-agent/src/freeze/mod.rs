@@ -5,6 +5,8 @@
 //! is the `container` room's.
 
 mod hooks;
+#[cfg(test)]
+mod python_tests;
 mod ready;
 mod removed;
 
@@ -35,8 +37,8 @@ use ready::{Notify, Sign};
 pub use removed::Removed;
 
 /// What a process in Python imports.
-const PYTHON_MODULE: &str = include_str!("../../python/snapshot_restore_py.py");
-const PYTHON_FILE: &str = "snapshot_restore_py.py";
+const PYTHON_FILES: [(&str, &str); 1] =
+    [("snapshot_restore_py.py", include_str!("../../python/snapshot_restore_py.py"))];
 /// Everything that is not in use.
 const DROP_CACHES: (&str, &str) = ("/proc/sys/vm/drop_caches", "3");
 
@@ -102,9 +104,7 @@ impl Freezer {
         let public = Path::new(PUBLIC_DIR);
         freezer.notify.listen(&public.join(NOTIFY_SOCKET))?;
         freezer.hooks.listen(&public.join(HOOK_SOCKET))?;
-        let python = public.join(PYTHON_DIR);
-        fs::create_dir_all(&python)?;
-        fs::write(python.join(PYTHON_FILE), PYTHON_MODULE)?;
+        write_python(&public.join(PYTHON_DIR))?;
         Ok(freezer)
     }
 
@@ -194,6 +194,11 @@ impl Freezer {
         sync();
         fs::write(DROP_CACHES.0, DROP_CACHES.1).map_err(FreezeError::Caches)
     }
+}
+
+fn write_python(dir: &Path) -> io::Result<()> {
+    fs::create_dir_all(dir)?;
+    PYTHON_FILES.iter().try_for_each(|(name, text)| fs::write(dir.join(name), text))
 }
 
 fn sign(request: &AwaitReadyRequest) -> Option<Sign> {
