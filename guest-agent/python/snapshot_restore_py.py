@@ -12,24 +12,24 @@ Hooks before a snapshot run in the reverse order of their registration, those af
 in one fails the snapshot, or the restore. They run in a thread of their own; from the end of the former to the end of
 the latter no other thread of Python runs, except where a hook waits for something.
 
-Before the hooks after a restore, `os.environ` has the variables of the pod that the process is in now, and `random`, and
-`ssl` and `numpy.random` if they are loaded, are seeded anew: all of that is done for whoever imports this module.
+Before the hooks after a restore, `os.environ` has the variables of the pod that the process is in now, and `random`, `ssl`
+and `numpy.random` are seeded anew if they are loaded: all of that is done for whoever imports this module, and
+`sitecustomize.py` beside it does.
 
 Where there are no snapshots, nothing is ever called. `docs/hooks.md` has the protocol, for other languages.
 """
 
-import json
+# Little, since every Python of the container imports this at its start; `_event` has the rest.
 import os
-import random
-import socket
 import sys
 import threading
 import time
-import traceback
+from _socket import AF_UNIX, SOCK_STREAM, socket
 
 __all__ = ["register_before_snapshot", "register_after_restore"]
 
 _SOCKET = "/dev/chsnap/snapshot.sock"
+_GREETING = b'{"hooks":1}'
 # Bytes that an event may have: the environment of a pod is in it.
 _MAX_EVENT = 4 << 20
 # Seconds for which a thread runs before another one may ask for its turn, around a snapshot.
@@ -62,13 +62,13 @@ def get_after_restore():
 
 
 def _seed():
-    random.seed()
-    modules = sys.modules
-    if "ssl" in modules:
-        modules["ssl"].RAND_add(os.urandom(64), 64.0)
-    numpy_random = modules.get("numpy.random")
-    if hasattr(numpy_random, "seed"):
-        numpy_random.seed()
+    ssl = sys.modules.get("ssl")
+    if hasattr(ssl, "RAND_add"):
+        ssl.RAND_add(os.urandom(64), 64.0)
+    for name in ("random", "numpy.random"):
+        module = sys.modules.get(name)
+        if hasattr(module, "seed"):
+            module.seed()
 
 
 class _Selfish:
@@ -125,10 +125,7 @@ class _Connection:
         self._stream = stream
         self._fd = stream.fileno()
         self._rest = b""
-        try:
-            self._selfish = _Selfish()
-        except (ImportError, OSError, AttributeError):
-            self._selfish = _Plain()
+        self._selfish = None
         self._read = _Plain.read
         self._turn = None
 
@@ -142,14 +139,16 @@ class _Connection:
         return line
 
     def answer(self, error):
+        import json
+
         answer = {"ok": True} if error is None else {"ok": False, "error": error[-8192:]}
         self._selfish.write(self._fd, json.dumps(answer).encode() + b"\n")
 
     def serve(self):
         try:
             while True:
-                self._event(json.loads(self.line()))
-        except (EOFError, OSError, ValueError):
+                self._event(self.line())
+        except (EOFError, OSError, ValueError, ImportError):
             self._others()
             self._stream.close()
 
@@ -160,7 +159,17 @@ class _Connection:
         # A hook that forks goes on in the child, too, and is not to answer for the parent.
         self._fd = -1
 
-    def _event(self, event):
+    def _event(self, line):
+        # All that is needed until the next event, in a process which may not see its files meanwhile.
+        import json
+        import traceback
+
+        if self._selfish is None:
+            try:
+                self._selfish = _Selfish()
+            except (ImportError, OSError, AttributeError):
+                self._selfish = _Plain()
+        event = json.loads(line)
         kind = event.get("event")
         if kind == "before-snapshot":
             error = _run(reversed(_before_snapshot))
@@ -195,12 +204,14 @@ def _run(hooks):
         for func, args, kwargs in hooks:
             func(*args, **kwargs)
     except BaseException:  # What ends a thread ends nobody's waiting.
+        import traceback
+
         return traceback.format_exc().strip()
     return None
 
 
 def _connect():
-    stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    stream = socket(AF_UNIX, SOCK_STREAM)
     try:
         stream.connect(os.environ.get("CHSNAP_SNAPSHOT_SOCKET", _SOCKET))
     except OSError:
@@ -208,8 +219,8 @@ def _connect():
         return
     connection = _Connection.current = _Connection(stream)
     try:
-        # The greeting: from here on this process is asked.
-        if json.loads(connection.line()).get("hooks") != 1:
+        # From here on this process is asked. Who greets brought this module, and there is no other greeting.
+        if connection.line() != _GREETING:
             raise ValueError
     except (EOFError, OSError, ValueError):
         stream.close()

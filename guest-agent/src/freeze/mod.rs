@@ -36,9 +36,11 @@ use hooks::{Event, Hooks};
 use ready::{Notify, Sign};
 pub use removed::Removed;
 
-/// What a process in Python imports.
-const PYTHON_FILES: [(&str, &str); 1] =
-    [("snapshot_restore_py.py", include_str!("../../python/snapshot_restore_py.py"))];
+/// What processes in Python import, by themselves and at their start.
+const PYTHON_FILES: [(&str, &str); 2] = [
+    ("snapshot_restore_py.py", include_str!("../../python/snapshot_restore_py.py")),
+    ("sitecustomize.py", include_str!("../../python/sitecustomize.py")),
+];
 /// Everything that is not in use.
 const DROP_CACHES: (&str, &str) = ("/proc/sys/vm/drop_caches", "3");
 

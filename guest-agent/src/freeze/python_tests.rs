@@ -61,6 +61,13 @@ impl Guest {
         let said = BufReader::new(child.stdout.take().unwrap()).lines();
         Program { said, _told: child.stdin.take().unwrap(), _child: child }
     }
+
+    /// Has the processes saved, and restored with `env`.
+    async fn cloned(&self, env: &[(&str, &str)]) {
+        self.hooks.run(&Event::BeforeSnapshot, LONG).await.unwrap();
+        let env = env.iter().copied().collect();
+        self.hooks.run(&Event::AfterRestore { env, epoch: "e", hostname: "h" }, LONG).await.unwrap();
+    }
 }
 
 /// As a server becomes a daemon: its first process ends, and a worker's does.
@@ -85,4 +92,57 @@ sys.stdin.read()
     program.says("ready").await;
     guest.hooks.run(&Event::BeforeSnapshot, LONG).await.unwrap();
     program.says("before").await;
+}
+
+#[tokio::test]
+async fn a_program_that_knows_nothing_of_it_is_put_right() {
+    let Some(guest) = Guest::new() else { return };
+    let script = r#"
+import os, random, ssl, sys, time
+random.seed(1)
+print("ready", flush=True)
+while "POD" not in os.environ:
+    time.sleep(0.01)
+# Right after that, in the other thread.
+time.sleep(0.1)
+print(os.environ["POD"], random.random() == random.Random(1).random(), flush=True)
+sys.stdin.read()
+"#;
+    let mut program = guest.program(script);
+    program.says("ready").await;
+    assert!(!guest.hooks.is_empty());
+    guest.cloned(&[("POD", "web-1")]).await;
+    program.says("web-1 False").await;
+}
+
+#[tokio::test]
+async fn what_the_image_does_at_the_start_of_python_is_done() {
+    let Some(guest) = Guest::new() else { return };
+    let image = guest.dir.path().join("image");
+    std::fs::create_dir(&image).unwrap();
+    let ours = guest.dir.path().join("python");
+    let both = std::env::join_paths([&ours, &image]).unwrap();
+    let look = "import sys; s = sys.modules.get('sitecustomize'); print(getattr(s, 'who', None)); \
+                print(getattr(s, '__file__', None), file=sys.stderr); print('snapshot_restore_py' in sys.modules)";
+    for (text, who) in [
+        ("who = 'image'", "image"),
+        ("import snapshot_restore_py\nwho = __spec__.name", "sitecustomize"),
+        // Python goes on after these, and says so; the last is that of a module that is not there.
+        ("raise RuntimeError('of the image')", "None"),
+        ("import nothing_like_it", "None"),
+        ("raise ImportError(name='sitecustomize')", "None"),
+    ] {
+        std::fs::write(image.join("sitecustomize.py"), text).unwrap();
+        let with = guest.python(look).env("PYTHONPATH", &both).output().await.unwrap();
+        // Without this one's.
+        std::fs::rename(ours.join("sitecustomize.py"), ours.join("away")).unwrap();
+        let without = guest.python(look).env("PYTHONPATH", &both).output().await.unwrap();
+        std::fs::rename(ours.join("away"), ours.join("sitecustomize.py")).unwrap();
+        assert_eq!(String::from_utf8_lossy(&with.stderr), String::from_utf8_lossy(&without.stderr), "{text}");
+        assert_eq!(String::from_utf8_lossy(&with.stdout), format!("{who}\nTrue\n"), "{text}");
+    }
+    // And one in which nothing answers is as it was.
+    let alone = guest.python(look).env("CHSNAP_SNAPSHOT_SOCKET", "/nothing").env("PYTHONPATH", &ours).output();
+    let alone = alone.await.unwrap();
+    assert!(alone.stdout.ends_with(b"False\n"), "{alone:?}");
 }
