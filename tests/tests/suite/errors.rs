@@ -3,7 +3,7 @@
 use std::{fs, net::TcpListener, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use chsnap_tests::{Container, Env, Output, Settings, Started, Vmm, eventually, kill, table};
+use chsnap_tests::{Container, Env, Output, Settings, Started, Vmm, eventually, kill, patience, table};
 use nix::sys::signal::Signal;
 
 use crate::{
@@ -57,8 +57,9 @@ pub const AT_ONCE: Duration = Duration::from_secs(10);
 /// A boot that fails: the deadline's default is a minute.
 pub const A_BOOT: Duration = Duration::from_secs(45);
 
-/// The message of what has to fail, and in that time.
+/// The message of what has to fail, and in that time where no patience is asked for.
 pub fn failed(output: Output, within: Duration) -> Result<String> {
+    let within = within * patience();
     ensure!(output.code != 0, "it worked: {}", output.whole());
     ensure!(output.took < within, "{:?} instead of {within:?}: {}", output.took, output.whole());
     Ok(output.stderr)
