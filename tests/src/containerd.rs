@@ -208,6 +208,19 @@ pub fn stop_all() {
     }
 }
 
+/// Copies the logs of all containerds to the directory that `CHSNAP_TEST_LOGS` names, because they go with
+/// [`stop_all`].
+pub fn keep_logs() {
+    let Some(dir) = std::env::var_os("CHSNAP_TEST_LOGS").map(PathBuf::from) else { return };
+    for containerd in locked(&RUNNING).iter() {
+        let kept = dir.join(format!("containerd-{}-{}.log", containerd.version, containerd.lane));
+        match fs::copy(containerd.log(), &kept) {
+            Ok(_) => println!("containerd's log is kept as {}", kept.display()),
+            Err(e) => println!("note: containerd's log cannot be kept as {}: {e}", kept.display()),
+        }
+    }
+}
+
 /// Takes down what runs of this suite have left that were killed.
 pub fn sweep() {
     for entry in fs::read_dir("/run").into_iter().flatten().flatten() {

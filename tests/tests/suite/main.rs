@@ -3,8 +3,10 @@
 //!
 //! `cargo test -p chsnap-tests -- [filter]`; a case's name is `<vmm>/<containerd>/<topic>::<case>`.
 //! Cases take turns in how their pods start: booted, from a base snapshot, or with their process from an image snapshot;
+//! `CHSNAP_TEST_FILTERS` takes several filters with blanks between: a case runs if its name contains any of them.
 //! `CHSNAP_TEST_WAY=direct`, `base` or `image` has all of them start so.
 //! `CHSNAP_TEST_TIMES=file` writes down the seconds that each took.
+//! `CHSNAP_TEST_LOGS=directory` keeps the containerds' logs there when a case has failed.
 //! `CHSNAP_TEST_REFERENCE=1` runs the cases that hold for runc too on runc, to check the cases themselves.
 
 use std::{
@@ -17,7 +19,7 @@ use std::{
 };
 
 use chsnap_tests::{
-    Baseline, Containerd, Env, Tools, Version, Vmm, patience, stop_all, sweep,
+    Baseline, Containerd, Env, Tools, Version, Vmm, keep_logs, patience, stop_all, sweep,
     ways::{self, Way},
 };
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -64,14 +66,36 @@ fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     AT_ONCE.store(arguments.nocapture, Ordering::Relaxed);
     arguments.test_threads = arguments.test_threads.or_else(|| Some(lanes()));
+    let trials = match chosen(trials()) {
+        Ok(trials) => trials,
+        Err(why) => {
+            eprintln!("{why}");
+            return ExitCode::from(2);
+        }
+    };
     if !arguments.list {
         Tools::get();
         sweep();
         clean_up_on_signals();
     }
-    let conclusion = libtest_mimic::run(&arguments, trials());
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    if conclusion.has_failed() {
+        keep_logs();
+    }
     stop_all();
     conclusion.exit_code()
+}
+
+/// The harness's own filter is one, and a process for each would have to build its snapshots anew.
+fn chosen(mut trials: Vec<Trial>) -> Result<Vec<Trial>, String> {
+    let filters = std::env::var("CHSNAP_TEST_FILTERS").unwrap_or_default();
+    let filters: Vec<&str> = filters.split_whitespace().collect();
+    // One that is misspelt would pass for cases that worked.
+    if let Some(none) = filters.iter().find(|f| !trials.iter().any(|t| t.name().contains(**f))) {
+        return Err(format!("CHSNAP_TEST_FILTERS: no case has {none:?} in its name"));
+    }
+    trials.retain(|t| filters.is_empty() || filters.iter().any(|f| t.name().contains(f)));
+    Ok(trials)
 }
 
 /// A machine that needs patience has no CPU to spare.
@@ -90,6 +114,7 @@ fn clean_up_on_signals() {
     std::thread::spawn(move || {
         if let Some(signal) = signals.forever().next() {
             eprintln!("signal {signal}: cleaning up");
+            keep_logs();
             stop_all();
             std::process::exit(128 + signal);
         }
