@@ -47,7 +47,8 @@ fn features<'a>(cpu: &str, mut sources: impl Iterator<Item = &'a str>) -> Featur
     (sources.any(|name| name.starts_with("armv8_pmu")), cpu.split_whitespace().any(|word| word == "sve"))
 }
 
-/// What a guest without a mask has: with KVM what the host has, else what QEMU emulates.
+/// What a guest without a mask has: with KVM what the host has, else what QEMU emulates. On a host with neither
+/// feature nothing is tested, so `CHSNAP_TEST_FEATURES` names those that have to be there, with commas between.
 fn offered(started: &Started<'_>) -> Result<Features> {
     let state: serde_json::Value = serde_json::from_slice(&fs::read(started.pod_dir().join("state.json"))?)?;
     if state["accelerator"] == "tcg" {
@@ -56,5 +57,10 @@ fn offered(started: &Started<'_>) -> Result<Features> {
     let sources = fs::read_dir("/sys/bus/event_source/devices")?;
     let names =
         sources.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect::<Result<Vec<_>>>()?;
-    Ok(features(&fs::read_to_string("/proc/cpuinfo")?, names.iter().map(String::as_str)))
+    let host = features(&fs::read_to_string("/proc/cpuinfo")?, names.iter().map(String::as_str));
+    let wanted = std::env::var("CHSNAP_TEST_FEATURES").unwrap_or_default();
+    for (name, there) in [("pmu", host.0), ("sve", host.1)] {
+        ensure!(there || !wanted.split(',').any(|w| w == name), "the host has no {name}, so nothing is hidden here");
+    }
+    Ok(host)
 }
