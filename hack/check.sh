@@ -44,6 +44,7 @@ check clippy cargo clippy --locked --workspace --all-targets -- -D warnings
 check dependencies dependencies
 check shell shell_scripts
 check "the node's transport" python3 hack/node/selftest.py
+check "the matrix of what was run" python3 hack/node/matrix_test.py
 check "the other architecture" other_arch
 for arch in amd64 arm64; do
   [ ! -f "$TARGET/guest/$arch/initramfs" ] || check "the initramfs for $arch, again" hack/guest/build.sh "$arch" verify

@@ -148,6 +148,15 @@ digest() {
   done | sha256sum | cut -c1-32
 }
 
+# The commit that is tested; `-dirty` where there are changes beside it, those to the table of what was tested
+# excepted, for that is what a test changes.
+tested_commit() {
+  local commit
+  commit=$(git -C "$ROOT" rev-parse --short HEAD 2>/dev/null) || { echo unknown && return; }
+  [ -z "$(git -C "$ROOT" status --porcelain -- . ':!docs/matrix.md' 2>/dev/null)" ] || commit+=-dirty
+  printf '%s\n' "$commit"
+}
+
 # version_ge 10.0.2 10: is the first at least the second?
 version_ge() { [ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1)" = "$2" ]; }
 

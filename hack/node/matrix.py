@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Write the outcome of a run of the integration tests into docs/matrix.md.
 
-    matrix.py --arch A --machine M --accelerator A --commit C --log F --versions F --table F
+    matrix.py --arch A --machine M --accelerator A --commit C --log F --cases F --versions F --table F
 
-A row is an architecture, a VMM and its version, an accelerator and a machine; a cell is a topic: how many
-cases passed of those that ran. A run replaces the cells of what it ran, and leaves all others.
+A row is an architecture, a VMM and its version, an accelerator, a machine, a kernel and a commit; a cell is a
+topic: how many cases passed of those that ran. --cases is what `suite --list` prints: a topic of which fewer
+cases had an outcome shows of how many, and replaces no whole one, unless something failed in it. Runs of one commit
+share a row. An older commit's row stays until a row of the same machine has all of its topics.
 """
 
 import argparse
@@ -16,83 +18,130 @@ import sys
 HEAD = """# What was run where
 
 Written by `make test-node` (`hack/node/matrix.py`) from the outcome of the integration tests; not by hand.
-A cell is *passed/run*, with the topics of `tests/tests/suite`; `–` was not run. Both containerds count.
-The date is the row's newest run.
+A cell is *passed/run*, with the topics of `tests/tests/suite`; `–` was not run, and *passed/run of all* was run in part.
+Both containerds count. A row is of one commit; `-dirty` had changes beside it.
 
 """
 FIXED = ["architecture", "VMM", "accelerator", "machine", "kernel"]
 TAIL = ["commit", "date"]
-CASE = re.compile(r"^test (?P<vmm>[\w-]+)/(?P<containerd>[\d.]+)/(?P<topic>\w+)::(?P<case>\w+) +\.\.\. (?P<outcome>ok|FAILED|ignored)")
+# A newer row of these takes an older one's place.
+PLACE = ["architecture", "VMM", "accelerator", "machine"]
+NAME = r"(?P<vmm>[\w-]+)/(?P<containerd>[\d.]+)/(?P<topic>\w+)::(?P<case>\w+)"
+CASE = re.compile(rf"^test {NAME} +\.\.\. (?P<outcome>ok|FAILED|ignored)")
+LISTED = re.compile(rf"^{NAME}: test$")
 
 
 def read_table(path):
-    """key -> {column: text}, and the columns of topics in the order in which they stand."""
-    rows, topics = {}, []
+    """Rows as {column: text}, and the columns of topics in the order in which they stand."""
     try:
         with open(path, encoding="utf-8") as f:
             lines = [l.strip() for l in f if l.startswith("|")]
     except FileNotFoundError:
-        return rows, topics
+        lines = []
     if not lines:
-        return rows, topics
+        return [], []
     cells = [[c.strip() for c in l.strip("|").split("|")] for l in lines]
     columns = cells[0]
-    topics = [c for c in columns if c not in FIXED + TAIL]
-    for row in cells[2:]:
-        named = dict(zip(columns, row))
-        rows[tuple(named.get(c, "") for c in FIXED)] = named
-    return rows, topics
+    return [dict(zip(columns, row)) for row in cells[2:]], [c for c in columns if c not in FIXED + TAIL]
+
+
+def read_cases(path):
+    """(vmm, topic) -> how many cases there are"""
+    all_of = {}
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for m in filter(None, map(LISTED.match, f)):
+            key = m["vmm"], m["topic"]
+            all_of[key] = all_of.get(key, 0) + 1
+    return all_of
 
 
 def read_log(path):
-    """vmm -> topic -> [passed, run]"""
-    seen, running = {}, False
+    """vmm -> topic -> [passed, run, ignored], and whether the tests came to their end"""
+    seen, ended = {}, False
     with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
-            running = (running or line.startswith("running ")) and not line.startswith("test result: ")
-            m = CASE.match(line)
-            if m and m["outcome"] != "ignored":
-                count = seen.setdefault(m["vmm"], {}).setdefault(m["topic"], [0, 0])
+            ended = ended or line.startswith("test result: ")
+            if m := CASE.match(line):
+                count = seen.setdefault(m["vmm"], {}).setdefault(m["topic"], [0, 0, 0])
                 count[0] += m["outcome"] == "ok"
-                count[1] += 1
-    if running:
-        sys.exit("matrix.py: the tests did not come to their end, so the table stays as it is")
-    return seen
+                count[1] += m["outcome"] != "ignored"
+                count[2] += m["outcome"] == "ignored"
+    return seen, ended
+
+
+def cell(count, of):
+    passed, run, ignored = count
+    text = f"{passed}/{run}" if run + ignored == of else f"{passed}/{run} of {of}"
+    return text if passed == run else f"**{text}**"
+
+
+def has(row, topic):
+    """Whether a topic was run: 0 not, 1 in part, 2 as a whole."""
+    text = row.get(topic, "–")
+    return 0 if text in ("–", "") else 1 if " of " in text else 2
+
+
+def merge(rows, topics, named, cells):
+    """Puts the cells into the row of that name; `rows` and `topics` are changed."""
+    # Two states of a tree are both called dirty, so these share no row.
+    sure = not named["commit"].endswith("-dirty") and named["commit"] != "unknown"
+    same = [r for r in rows if sure and all(r.get(c) == named[c] for c in [*FIXED, "commit"])]
+    row = {**(same[0] if same else {}), **named}
+    for topic, text in cells.items():
+        if has({topic: text}, topic) == 2 or has(row, topic) < 2 or text.startswith("**"):
+            row[topic] = text
+        if topic not in topics:
+            topics.append(topic)
+    rows[:] = [r for r in rows if r not in same]
+
+    def covered(old):
+        return all(old.get(c) == row[c] for c in PLACE) and all(has(old, t) <= has(row, t) for t in topics)
+
+    rows[:] = [r for r in rows if not covered(r)] + [row]
+
+
+def write_table(path, rows, topics):
+    # A column of which the last cell has gone goes, too.
+    columns = FIXED + [t for t in topics if any(has(r, t) for r in rows)] + TAIL
+    with open(path + ".new", "w", encoding="utf-8") as f:
+        f.write(HEAD)
+        f.write("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns) + "\n")
+        for row in sorted(rows, key=lambda r: [r.get(c, "") for c in [*FIXED, "date", "commit"]]):
+            f.write("| " + " | ".join(row.get(c) or "–" for c in columns) + " |\n")
+    os.replace(path + ".new", path)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ["arch", "machine", "accelerator", "commit", "log", "versions", "table"]:
+    for name in ["arch", "machine", "accelerator", "commit", "log", "cases", "versions", "table"]:
         parser.add_argument(f"--{name}", required=True)
     args = parser.parse_args()
     with open(args.versions, encoding="utf-8") as f:
         versions = dict(l.split(maxsplit=1) for l in f.read().splitlines() if " " in l)
     rows, topics = read_table(args.table)
-    seen = read_log(args.log)
-    if not seen:
-        sys.exit("matrix.py: no case ran, so the table stays as it is")
+    all_of = read_cases(args.cases)
+    (seen, ended), written = read_log(args.log), False
     for vmm, counts in seen.items():
+        # runc is the reference for the cases, and no VMM.
+        cells = {t: cell(c, all_of.get((vmm, t), 0)) for t, c in counts.items() if c[1] and vmm != "runc"}
+        if not cells:
+            continue
         named = {
             "architecture": args.arch,
             "VMM": f"{vmm} {versions.get(vmm, '').strip()}".strip(),
             "accelerator": args.accelerator,
             "machine": args.machine,
             "kernel": versions.get("kernel", ""),
+            "commit": args.commit,
+            "date": datetime.date.today().isoformat(),
         }
-        row = rows.setdefault(tuple(named.values()), named)
-        for topic, (passed, run) in counts.items():
-            row[topic] = f"{passed}/{run}" if passed == run else f"**{passed}/{run}**"
-            if topic not in topics:
-                topics.append(topic)
-        row["commit"] = args.commit
-        row["date"] = datetime.date.today().isoformat()
-    columns = FIXED + topics + TAIL
-    with open(args.table + ".new", "w", encoding="utf-8") as f:
-        f.write(HEAD)
-        f.write("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns) + "\n")
-        for key in sorted(rows):
-            f.write("| " + " | ".join(rows[key].get(c) or "–" for c in columns) + " |\n")
-    os.replace(args.table + ".new", args.table)
+        merge(rows, topics, named, cells)
+        written = True
+    if not written:
+        sys.exit("matrix.py: no case ran, so the table stays as it is")
+    write_table(args.table, rows, topics)
+    if not ended:
+        sys.exit("matrix.py: the tests did not come to their end; the table has what they came to")
 
 
 if __name__ == "__main__":
