@@ -3,6 +3,7 @@
 #
 # QEMU always; Cloud Hypervisor where CHSNAP_CLOUD_HYPERVISOR_AMD64 or _ARM64 names its binary for the
 # node's architecture. Filters are the tests' own: a part of <vmm>/<containerd>/<topic>::<case>.
+# CHSNAP_TEST_WAY, CHSNAP_TEST_MEMORY_RESTORE and CHSNAP_TEST_TIMES hold as they do without a node.
 # CHSNAP_NO_BUILD=1 takes what has been built. The table in docs/matrix.md (CHSNAP_MATRIX names another) is
 # written from the outcome of the cases that ran.
 set -euo pipefail
@@ -19,29 +20,36 @@ case $ARCH in
   *) die "no node for the architecture $ARCH: amd64 and arm64 are known" ;;
 esac
 [ -z "$VMM" ] || [ -x "$VMM" ] || die "$VARIABLE=$VMM: no such program"
+[ -n "$VMM" ] || say "$VARIABLE is not set: Cloud Hypervisor is not tested, and has no row in the table"
 "$NODE" status >/dev/null && die "an $ARCH node runs already and may hold older files: stop it first"
 
+# Before anything is built: a tree may change meanwhile.
+commit=$(tested_commit)
+machine="emulated, CPU ${CPU:-max}${CHSNAP_TEST_WAY:+, way $CHSNAP_TEST_WAY}${CHSNAP_TEST_MEMORY_RESTORE:+, $CHSNAP_TEST_MEMORY_RESTORE}"
 target=()
 [ "$ARCH" = "$(host_arch)" ] || target=(--target "$(rust_triple "$ARCH")")
 if [ -z "${CHSNAP_NO_BUILD:-}" ]; then
   "$ROOT/hack/setup.sh"
   "$ROOT/hack/build.sh"
   "$ROOT/hack/image.sh"
+else
+  # Who knows of what.
+  commit=${commit%-dirty}-dirty
 fi
 
 suite() {
   if [ "$ARCH" != "$(host_arch)" ]; then use_cross "$ARCH" || die "no toolchain for $ARCH: run hack/setup.sh cross"; fi
-  cd "$ROOT"
+  cd "$ROOT" || return
   CARGO_TARGET_DIR=$TARGET cargo test --locked --release "${target[@]}" --workspace --test suite --no-run --message-format=json-render-diagnostics |
     jq -r 'select(.reason == "compiler-artifact" and .target.name == "suite") | .executable // empty' | tail -n 1
 }
 say "building the integration tests for $ARCH"
-SUITE=$(suite)
+SUITE=$(suite) || die "the integration tests did not build for $ARCH"
 [ -x "$SUITE" ] || die "the integration tests did not build for $ARCH"
 
 mkdir -p "$OUT"
 cp "$SUITE" "$OUT/suite"
-rm -f "$OUT/cloud-hypervisor" "$LOG"
+rm -f "$OUT"/{cloud-hypervisor,cases,times} "$LOG" "$OUT"/containerd*.log
 [ -z "$VMM" ] || cp "$VMM" "$OUT/cloud-hypervisor"
 
 # Emulated machines are slow, and the limits are for others: they are PATIENCE times as long.
@@ -50,28 +58,51 @@ cat >"$OUT/test" <<'NODE'
 set -uo pipefail
 cd "$(dirname "$0")"
 [ ! -x cloud-hypervisor ] || export CHSNAP_CLOUD_HYPERVISOR=$PWD/cloud-hypervisor
-export CHSNAP_TEST_ACCELERATOR=kvm CHSNAP_TEST_PATIENCE=${PATIENCE:-4}
+export CHSNAP_TEST_ACCELERATOR=kvm CHSNAP_TEST_LOGS=$PWD
 {
   echo "kernel $(uname -r)"
   "$CHSNAP_TARGET/tools/bin/qemu-system-$(uname -m)" --version | sed -n 's/^QEMU emulator version \([0-9.]*\).*/qemu \1/p'
   [ ! -x cloud-hypervisor ] || ./cloud-hypervisor --version | sed -n 's/^cloud-hypervisor /cloud-hypervisor /p'
 } >versions
-# One filter a run is all that the tests' harness takes.
+CHSNAP_TEST_FILTERS='' ./suite --list >cases || exit
+# Cases that are ignored do not fail, so a Cloud Hypervisor that cannot run would pass for one that was tested.
+why=$(sed -n 's/^cloud-hypervisor: [0-9]* cases are ignored: //p' cases)
+if [ -x cloud-hypervisor ] && [ -n "$why" ] && ./suite --list | grep -q '^cloud-hypervisor/'; then
+  echo "chsnap: error: Cloud Hypervisor is to be tested and cannot: $why" >&2
+  exit 1
+fi
 rc=0
-for filter in "${@:-}"; do
-  ./suite "$filter" 2>&1 | tee -a suite.log || rc=$?
-done
+./suite 2>&1 | tee suite.log || rc=$?
+if [ "$rc" -ne 0 ]; then
+  # The suite keeps its logs itself, unless it was killed.
+  for log in "$CHSNAP_TARGET"/tests/*/containerd.log; do
+    [ ! -f "$log" ] || cp "$log" "containerd-of-$(basename "$(dirname "$log")").log"
+  done
+fi
 exit "$rc"
 NODE
 chmod 755 "$OUT/test"
+variables=("CHSNAP_TEST_PATIENCE=${PATIENCE:-4}" "CHSNAP_TEST_FILTERS=$*")
+[ -z "${CHSNAP_TEST_TIMES:-}" ] || variables+=("CHSNAP_TEST_TIMES=$OUT/times")
+# That CPU has both, and without them the cases of the rungs would have nothing to hide.
+if [ "$ARCH" = arm64 ] && [ -z "${CPU:-}" ]; then variables+=("CHSNAP_TEST_FEATURES=pmu,sve"); fi
+for name in CHSNAP_TEST_WAY CHSNAP_TEST_MEMORY_RESTORE; do [ -z "${!name:-}" ] || variables+=("$name=${!name}"); done
 rc=0
-"$NODE" run "PATIENCE=${PATIENCE:-4} $OUT/test $(printf '%q ' "$@")" || rc=$?
-[ -f "$LOG" ] || die "the tests did not run in the $ARCH node"
-python3 "$ROOT/hack/node/matrix.py" --arch "$ARCH" --machine "emulated, CPU ${CPU:-max}" --accelerator KVM \
-  --commit "$(git -C "$ROOT" rev-parse --short HEAD 2>/dev/null || echo unknown)" --log "$LOG" --versions "$OUT/versions" \
-  --table "${CHSNAP_MATRIX:-$ROOT/docs/matrix.md}" || rc=1
-if [ "$rc" -ne 0 ]; then
-  say "the end of the node's console:"
-  "$NODE" console | tail -n 20 | tr -d '\r' | sed 's/^/    /' >&2
-  die "the integration tests failed in the $ARCH node (status $rc); their log is $LOG"
+"$NODE" run "env $(printf '%q ' "${variables[@]}" "$OUT/test")" || rc=$?
+[ ! -f "$OUT/times" ] || cat "$OUT/times" >>"$CHSNAP_TEST_TIMES"
+if [ -s "$LOG" ]; then
+  # A node that hangs has another status than cases that fail.
+  python3 "$ROOT/hack/node/matrix.py" --arch "$ARCH" --machine "$machine" --accelerator KVM --commit "$commit" \
+    --log "$LOG" --cases "$OUT/cases" --versions "$OUT/versions" --table "${CHSNAP_MATRIX:-$ROOT/docs/matrix.md}" ||
+    [ "$rc" -ne 0 ] || rc=1
 fi
+[ "$rc" -ne 0 ] || exit 0
+say "the end of the node's console:"
+"$NODE" console | tail -n 20 | tr -d '\r' | sed 's/^/    /' >&2
+for log in "$OUT"/containerd*.log; do [ ! -f "$log" ] || say "a containerd's log: $log"; done
+if [ -s "$LOG" ]; then
+  say "error: the integration tests failed in the $ARCH node (status $rc); their log is $LOG"
+else
+  say "error: the integration tests did not run in the $ARCH node (status $rc)"
+fi
+exit "$rc"
