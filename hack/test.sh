@@ -24,4 +24,29 @@ if [ -s "$CHSNAP_TESTS_SKIPPED" ]; then
 fi
 say "integration tests"
 # Of the whole workspace, too: alone it would have its dependencies with fewer features, and so once more.
-cargo test --locked --release --workspace --test suite -- "$@"
+suite=(cargo test --locked --release --workspace --test suite --)
+commit=$(tested_commit)
+# On runc as well, which takes no VM: that the cases ask for what containers do is only known from there.
+export CHSNAP_TEST_REFERENCE=1 CHSNAP_TEST_LOGS=$LOGS
+rc=0
+"${suite[@]}" "$@" 2>&1 | tee "$LOGS/suite.log" || rc=$?
+
+# What was tested where, as node/test.sh writes it for nodes.
+record() {
+  local accelerator vmm=${CHSNAP_CLOUD_HYPERVISOR:-cloud-hypervisor}
+  "${suite[@]}" --list >"$LOGS/suite.cases" 2>"$LOGS/suite-list.log" || return
+  "$ROOT/hack/config.sh" "$LOGS/suite.toml" || return
+  # It fails where anything is amiss, and says all the same what runs guests.
+  accelerator=${CHSNAP_TEST_ACCELERATOR:-$({ "${CHSNAP_BIN_DIR:-$TARGET/release}/chsnap" doctor --json --config "$LOGS/suite.toml" || true; } |
+    jq -r '.driver.accelerator // "unknown"')}
+  {
+    echo "kernel $(uname -r)"
+    echo "qemu $(qemu_version "$BIN/qemu-system-$(uname -m)")"
+    { "$vmm" --version 2>/dev/null || true; } | sed -n 's/^cloud-hypervisor /cloud-hypervisor /p'
+  } >"$LOGS/suite.versions"
+  python3 "$ROOT/hack/node/matrix.py" --arch "$(host_arch)" --machine "host, $(nproc) CPUs${CHSNAP_TEST_WAY:+, way $CHSNAP_TEST_WAY}" \
+    --accelerator "${accelerator^^}" --commit "$commit" --log "$LOGS/suite.log" --cases "$LOGS/suite.cases" \
+    --versions "$LOGS/suite.versions" --table "${CHSNAP_MATRIX:-$TARGET/matrix.md}"
+}
+record || say "note: what ran is not in ${CHSNAP_MATRIX:-$TARGET/matrix.md}"
+exit "$rc"

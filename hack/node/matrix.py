@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the outcome of a run of the integration tests into docs/matrix.md.
+"""Write the outcome of a run of the integration tests into docs/matrix.md or a table like it.
 
     matrix.py --arch A --machine M --accelerator A --commit C --log F --cases F --versions F --table F
 
@@ -17,7 +17,7 @@ import sys
 
 HEAD = """# What was run where
 
-Written by `make test-node` (`hack/node/matrix.py`) from the outcome of the integration tests; not by hand.
+Written by `make test-node` and `make test` (`hack/node/matrix.py`) from the outcome of the integration tests; not by hand.
 A cell is *passed/run*, with the topics of `tests/tests/suite`; `–` was not run, and *passed/run of all* was run in part.
 Both containerds count. A row is of one commit; `-dirty` had changes beside it.
 
