@@ -4,6 +4,8 @@ set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "$0")/lib.sh"
 
+# Before anything is built: a tree may change meanwhile.
+commit=$(tested_commit)
 "$ROOT/hack/setup.sh"
 "$ROOT/hack/build.sh"
 "$ROOT/hack/image.sh"
@@ -25,7 +27,6 @@ fi
 say "integration tests"
 # Of the whole workspace, too: alone it would have its dependencies with fewer features, and so once more.
 suite=(cargo test --locked --release --workspace --test suite --)
-commit=$(tested_commit)
 # On runc as well, which takes no VM: that the cases ask for what containers do is only known from there.
 export CHSNAP_TEST_REFERENCE=1 CHSNAP_TEST_LOGS=$LOGS
 rc=0
@@ -34,7 +35,7 @@ rc=0
 # What was tested where, as node/test.sh writes it for nodes.
 record() {
   local accelerator vmm=${CHSNAP_CLOUD_HYPERVISOR:-cloud-hypervisor}
-  "${suite[@]}" --list >"$LOGS/suite.cases" 2>"$LOGS/suite-list.log" || return
+  CHSNAP_TEST_FILTERS='' "${suite[@]}" --list >"$LOGS/suite.cases" 2>"$LOGS/suite-list.log" || return
   "$ROOT/hack/config.sh" "$LOGS/suite.toml" || return
   # It fails where anything is amiss, and says all the same what runs guests.
   accelerator=${CHSNAP_TEST_ACCELERATOR:-$({ "${CHSNAP_BIN_DIR:-$TARGET/release}/chsnap" doctor --json --config "$LOGS/suite.toml" || true; } |
