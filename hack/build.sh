@@ -10,7 +10,7 @@ ARCH=${CHSNAP_GUEST_ARCH:-$HOST}
 export CARGO_TARGET_DIR=$TARGET
 cd "$ROOT"
 
-# Cargo prints its own progress.
+# Never within a step, whose log would have what it says.
 cross() {
   [ "$1" != "$(host_arch)" ] || return 0
   use_cross "$1" || { "$ROOT/hack/setup.sh" packages rust cross && use_cross "$1"; } ||
@@ -32,7 +32,6 @@ build_host() {
 build_agent() {
   local triple
   triple=$(rust_triple "$ARCH")
-  cross "$ARCH"
   RUSTFLAGS="-C target-feature=+crt-static" \
     cargo build --locked --profile agent --target "$triple" -p chsnap-agent
 }
@@ -42,6 +41,7 @@ parts=("$@")
 # The agent's last step is as long as many before it, and is one thread's: beside the other programs it costs little.
 if [ "${parts[0]} ${parts[1]:-}" = "host agent" ]; then
   rc=0
+  cross "$ARCH"
   step agent "building the agent for $ARCH, beside the shim" build_agent &
   beside=$!
   build_host || rc=$?
@@ -52,7 +52,10 @@ fi
 for part in "${parts[@]}"; do
   case $part in
     host) build_host ;;
-    agent) step agent "building the agent for $ARCH" build_agent ;;
+    agent)
+      cross "$ARCH"
+      step agent "building the agent for $ARCH" build_agent
+      ;;
     guest) "$ROOT/hack/guest/build.sh" "$ARCH" ;;
     *) die "build.sh: '$part' is none of host, agent, guest" ;;
   esac

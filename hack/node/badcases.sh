@@ -46,8 +46,10 @@ says "an unknown CPU" 1 "has ended while booting.*no-such-cpu" env CPU=no-such-c
 says "no space" 1 "a node needs 999999 GiB" env NODE_SPACE=999999 "$NODE" run true
 if [ "$ARCH" != "$(host_arch)" ]; then
   # Nothing has been fetched in that directory, and nothing can be.
-  says "no cross toolchain" 1 "no toolchain for $ARCH: hack/setup.sh cross says why" \
-    unshare --net env CHSNAP_TARGET="$WORK/target" "$ROOT/hack/build.sh" host
+  for part in host agent; do
+    says "no cross toolchain for the $part" 1 "no toolchain for $ARCH: hack/setup.sh cross says why" \
+      unshare --net env CHSNAP_TARGET="$WORK/target" "$ROOT/hack/build.sh" "$part"
+  done
 fi
 says "a node that is too slow" 1 "did not come up in 1 s" env START_TIMEOUT=1 "$NODE" run true
 says "a command that does not end" 124 "did not end in 2 s" env TIMEOUT=2 "$NODE" run 'sleep 1000'
