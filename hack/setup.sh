@@ -181,8 +181,9 @@ part_qemu() {
   esac
 }
 
-# Only for `make test-node`: a machine of the other kind, emulated.
+# Only for nodes: a machine of the other kind, emulated.
 part_qemu_arm64() { qemu_for qemu-system-aarch64 "$(qemu_package arm64)" qemu-arm64; }
+part_qemu_amd64() { qemu_for qemu-system-x86_64 "$(qemu_package amd64)" qemu-amd64; }
 
 # cargo_install <crate> <version> [option...]: into target/tools/<crate>, and its program into target/tools/bin.
 # Cargo would compile in /tmp, which may be memory.
@@ -253,7 +254,7 @@ if [ ${#parts[@]} -eq 0 ] || [ "${parts[0]}" = all ]; then read -ra parts <<<"$P
 for part in "${parts[@]}"; do
   take_lock "setup-$part"
   case $part in
-    packages | rust | rust-lints | cross | qemu | qemu-arm64 | virtiofsd | containerd | cargo-deny) "part_${part//-/_}" ;;
-    *) die "setup.sh: no part '$part'; there are: $PARTS rust-lints cross qemu-arm64 cargo-deny" ;;
+    packages | rust | rust-lints | cross | qemu | qemu-arm64 | qemu-amd64 | virtiofsd | containerd | cargo-deny) "part_${part//-/_}" ;;
+    *) die "setup.sh: no part '$part'; there are: $PARTS rust-lints cross qemu-arm64 qemu-amd64 cargo-deny" ;;
   esac
 done
