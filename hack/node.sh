@@ -22,6 +22,7 @@ set -euo pipefail
 . "$ROOT/hack/node/prepare.sh"
 
 ARCH=${ARCH:-$(host_arch)}
+WANTED_CPU=${CPU:-}
 case $ARCH in
   amd64)
     CPU=${CPU:-max}
@@ -52,19 +53,56 @@ keeper() {
   cat "$STATE/lock"
 }
 
+# A running node has the CPU it was booted with, whatever is asked for now.
+same_cpu() {
+  local has
+  has=$(cat "$STATE/cpu" 2>/dev/null) || return 0
+  [ -z "$WANTED_CPU" ] || [ "$has" = "$CPU" ] ||
+    die "an $ARCH node runs with the CPU $has, not $CPU: stop it first (ARCH=$ARCH hack/node.sh stop), or set NAME"
+}
+
+no_node() {
+  ! keeper >/dev/null || die "an $ARCH node runs already: stop it first (ARCH=$ARCH hack/node.sh stop), or set NAME"
+}
+
+# What keeps the node that this run has booted.
+started=
+
 show_console() {
   say "the end of the node's console ($STATE/console.log):"
   tail -n 15 "$STATE/console.log" 2>/dev/null | tr -d '\r' | sed 's/^/    /' >&2 || true
 }
 
+# reasons <lines>: what the process that keeps the node has said last, but for its everyday lines.
+reasons() {
+  local said
+  said=$({ grep -hv '^+ \| WARN ' "$STATE/keeper.log" "$STATE/machine.log" 2>/dev/null || true; } | tail -n "$1" | tr '\n' ' ')
+  printf '%s\n' "${said:-nothing is said in $STATE/machine.log}"
+}
+
+# The client only knows that the node has gone, and what keeps it writes down why while it takes it down.
+why_gone() {
+  local pid
+  for _ in $(seq 50); do
+    keeper >/dev/null || break
+    sleep 0.1
+  done
+  if pid=$(keeper); then say "the node is still there (process $pid)"; else say "the node has ended: $(reasons 1)"; fi
+}
+
 # boot [<process the node must not outlive>]
 boot() {
-  local pid deadline
-  [ -z "$(keeper)" ] || die "an $ARCH node runs already: stop it first (ARCH=$ARCH hack/node.sh stop), or set NAME"
+  local pid deadline left
+  no_node
+  # Two would format one disk.
+  take_lock "node-${STATE##*/}"
+  no_node
   prepare
   mkdir -p "$OUT" "$SOCKETS"
   chmod 700 "$SOCKETS"
   : >"$STATE/console.log"
+  : >"$STATE/machine.log"
+  printf '%s\n' "$CPU" >"$STATE/cpu"
   rm -f "$STATE/scratch.ext4"
   truncate -s 16G "$STATE/scratch.ext4"
   # Without a journal: the disk does not outlive the machine.
@@ -79,30 +117,36 @@ boot() {
     --share "root:ro:$SHARED_ROOT" --share "project:ro:$ROOT" --share "target:ro:$SHARED_TARGET" --share "out:rw:$OUT" \
     </dev/null >"$STATE/keeper.log" 2>&1 9>&- &
   pid=$!
+  started=$pid
   # Whoever gives up waiting leaves nothing that nobody asked for any more.
   trap 'kill -TERM "$pid" 2>/dev/null; exit 130' INT TERM
-  until client ping --timeout 1 2>/dev/null; do
+  # Each ping is a connection of its own, and drops what was under way to the one before: on a busy machine one of a
+  # second may never hear the answer.
+  until left=$((deadline - SECONDS)) && client ping --timeout $((left > 5 ? 5 : left > 1 ? left : 1)) 2>/dev/null; do
     if ! kill -0 "$pid" 2>/dev/null; then
       show_console
-      die "the $ARCH node has ended while booting: $(grep -hv '^+ \| WARN ' "$STATE/keeper.log" "$STATE/machine.log" | tail -n 3 | tr '\n' ' ')"
+      die "the $ARCH node has ended while booting: $(reasons 3)"
     fi
     if [ $SECONDS -ge $deadline ]; then
       show_console
       # It may not have come as far as to hold the lock, by which halt knows it.
       kill -TERM "$pid" 2>/dev/null || true
       wait "$pid" 2>/dev/null || true
-      halt
+      halt "$pid"
       die "the $ARCH node did not come up in $START_TIMEOUT s"
     fi
     sleep 0.2
   done
   trap - INT TERM
+  exec 9>&-
   say "the $ARCH node is up after $((SECONDS - deadline + START_TIMEOUT)) s"
 }
 
+# halt [<keeper>]: takes the node down, or that keeper's alone.
 halt() {
   local pid
-  if pid=$(keeper); then
+  exec 9>&-
+  if pid=$(keeper) && [ "${1:-$pid}" = "$pid" ]; then
     kill -TERM "$pid" 2>/dev/null || true
     for _ in $(seq 100); do
       keeper >/dev/null || break
@@ -111,25 +155,33 @@ halt() {
     if pid=$(keeper); then
       say "note: the node's keeper (process $pid) did not end in 10 s and is killed, with all it started"
       kill -KILL "$pid" || true
+      sleep 0.2
     fi
   fi
-  # One that was killed, now or before, leaves its disk and its sockets.
-  rm -f "$STATE/scratch.ext4"
-  rm -rf "$SOCKETS"
-  rmdir /run/chsnap-dev 2>/dev/null || true
+  # One that was killed, now or before, leaves its disk and its sockets. They may be those of another run by now.
+  (
+    flock -n 9 || exit 0
+    ! keeper >/dev/null || exit 0
+    rm -f "$STATE/scratch.ext4"
+    rm -rf "$SOCKETS"
+    rmdir /run/chsnap-dev 2>/dev/null || true
+  ) 9>"$TARGET/.lock-node-${STATE##*/}"
 }
 
 # Runs the client in a running node, or in one that lives only for it.
 within() {
   local rc=0
   if keeper >/dev/null; then
-    client "$@"
-    return
+    same_cpu
+    client "$@" || rc=$?
+    [ "$rc" != 125 ] || why_gone
+    return "$rc"
   fi
-  trap halt EXIT
+  # Not whatever node there is: another run may have booted one meanwhile.
+  trap 'halt "${started:-none}"' EXIT
   boot $$
   client "$@" || rc=$?
-  [ "$rc" != 125 ] || show_console
+  [ "$rc" != 125 ] || { show_console && why_gone; }
   return "$rc"
 }
 

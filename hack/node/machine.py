@@ -21,6 +21,9 @@ import time
 import wire
 
 PR_SET_PDEATHSIG = 1
+# The scratch disk is sparse: with nothing left for it below, QEMU stops the machine and says nothing, and to a client
+# that is a node that hangs.
+ROOM = 256 << 20
 LIBC = ctypes.CDLL(None)
 
 
@@ -117,6 +120,9 @@ class Machine:
                     raise Trouble(f"{name} ended with status {child.returncode}")
             if self.args.bound and not os.path.exists(f"/proc/{self.args.bound}"):
                 raise Trouble("who started the node has gone")
+            room = os.statvfs(self.args.state)
+            if room.f_bfree * room.f_frsize < ROOM:
+                raise Trouble(f"no space left below {self.args.state}, where the node's disk is: {ROOM >> 20} MiB are needed")
             ready, _, _ = select.select([wake], [], [], 1)
             if ready and signal.SIGTERM in os.read(wake, 64):
                 return
