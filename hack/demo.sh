@@ -187,11 +187,41 @@ jq -e '.vmm and .accelerator and .guest_kernel and ([.runs[].status] | all(. == 
   "$TARGET/demo.json.new" >/dev/null || die "this is not what a microVM gives: $(cat "$TARGET/demo.json.new")"
 mv "$TARGET/demo.json.new" "$TARGET/demo.json"
 
+# Shims, VMMs and virtiofsd's name one of these, each another.
+places=("$DIR" "$CHSNAP_STATE_DIR" "$(dirname "$address")")
+
+mounts_left() {
+  local place
+  for place in "${places[@]}"; do mounts_below "$place" | tr '\0' '\n'; done
+}
+
+processes_left() {
+  local place pid
+  {
+    for place in "${places[@]}"; do processes_naming "$place/"; done
+    # What builds a snapshot names nothing, and may be another containerd's.
+    for pid in $(processes_naming build-template); do
+      { tr '\0' '\n' <"/proc/$pid/environ"; } 2>/dev/null | grep -qF -- "${places[2]}/" || continue
+      printf '%s\n' "$pid"
+    done
+  } | sort -un
+}
+
+# gone <what lists it>: what is left is listed; a shim ends a little after its container.
+gone() {
+  local deadline=$((SECONDS + 10))
+  while left=$("$1") && [ -n "$left" ]; do
+    [ $SECONDS -lt "$deadline" ] || return 1
+    sleep 0.1
+  done
+}
+
 say "taking everything down"
+# Before containerd's end, after which whatever is left is unmounted.
+gone mounts_left || die "left mounted: $(paste -sd' ' <<<"$left")"
 "$ROOT/hack/containerd.sh" stop "$DIR"
 rm -rf "$DIR/snapshots"
-left=$(processes_naming "$DIR/")
-[ -z "$left" ] || die "left behind: $(ps -o pid=,args= -p "$(paste -sd, <<<"$left")")"
+gone processes_left || die "left behind: $(ps -o pid=,args= -p "$(paste -sd, <<<"$left")")"
 
 jq -r '"
   VMM           \(.vmm), \(.accelerator)
