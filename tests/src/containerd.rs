@@ -168,10 +168,10 @@ impl Containerd {
 
     /// Removes whatever a case has left, so that the next one starts clean.
     pub fn purge(&self) {
-        for id in self.list(&["task", "ls", "-q"]) {
+        for id in self.list(&["task", "ls", "-q"]).unwrap_or_default() {
             let _ = self.ctr.run(["task", "rm", "-f", &id]).limit(Duration::from_secs(30)).output();
         }
-        for id in self.list(&["container", "ls", "-q"]) {
+        for id in self.list(&["container", "ls", "-q"]).unwrap_or_default() {
             let _ = self.ctr.output(["container", "rm", &id]);
         }
         for process in proc::marked(&self.run) {
@@ -183,12 +183,12 @@ impl Containerd {
         for dir in ["s", "fifo", "tmp"] {
             let _ = empty(&self.run.join(dir));
         }
-        leak::remove_cgroups(&self.namespace);
+        leak::remove_cgroups(&self.namespace, &self.pods());
     }
 
-    pub(crate) fn list(&self, args: &[&str]) -> Vec<String> {
-        let list = self.ctr.run(args).limit(Duration::from_secs(20)).text().unwrap_or_default();
-        list.lines().map(str::to_owned).collect()
+    pub(crate) fn list(&self, args: &[&str]) -> Result<Vec<String>> {
+        let list = self.ctr.run(args).limit(Duration::from_secs(20)).text()?;
+        Ok(list.lines().map(str::to_owned).collect())
     }
 
     fn stop(&self) {
@@ -249,7 +249,7 @@ fn remove(run: &Path, root: &Path, namespace: Option<&str>) {
     }
     leak::unmount(&[run.to_owned(), root.to_owned()]);
     if let Some(namespace) = namespace {
-        leak::remove_cgroups(namespace);
+        leak::remove_cgroups(namespace, &run.join("s"));
     }
     for dir in [run, root] {
         // Never an empty or short path: this is recursive.

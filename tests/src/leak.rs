@@ -15,6 +15,12 @@ use sha2::{Digest, Sha256};
 use crate::{Containerd, eventually, pod::IDS, proc};
 
 const SHIM_SOCKETS: &str = "/run/containerd/s";
+/// The cgroup of those that build snapshots.
+const BUILDERS: &str = "chsnap-builders";
+/// More than any case has at the same time for one containerd.
+const MAX_BUILDERS: usize = 8;
+/// A look at containerd that failed begins so.
+const UNKNOWN: &str = "unknown what containerd has: ";
 const NETWORK_NAMESPACES: [&str; 2] = ["/run/netns", "/var/run/netns"];
 
 /// What was there before a case.
@@ -33,12 +39,14 @@ impl Baseline {
     /// What is there now that was not there before, once everything had time to go.
     #[must_use]
     pub fn leftovers(&self, containerd: &Containerd) -> Vec<String> {
-        let mut left = Vec::new();
+        let mut left = BTreeSet::new();
         let gone = eventually(Duration::from_secs(5), || {
-            left = look(containerd).difference(&self.before).cloned().collect();
+            // What could not be looked at may be there, even if it was so before.
+            left = look(containerd);
+            left.retain(|what| what.starts_with(UNKNOWN) || !self.before.contains(what));
             left.is_empty().then_some(())
         });
-        if gone.is_some() { Vec::new() } else { left }
+        if gone.is_some() { Vec::new() } else { left.into_iter().collect() }
     }
 }
 
@@ -63,20 +71,23 @@ fn look(containerd: &Containerd) -> BTreeSet<String> {
     for dir in cgroup_dirs(&containerd.namespace) {
         all.extend(children(&dir).into_iter().filter(|p| p.is_dir()).map(|p| format!("cgroup {}", p.display())));
     }
+    all.extend(builders_cgroups(&containerd.pods()).into_iter().map(|p| format!("cgroup {}", p.display())));
     for dir in NETWORK_NAMESPACES {
         all.extend(children(Path::new(dir)).into_iter().map(|p| format!("network namespace {}", p.display())));
     }
+    let listed = |args: &[&str], told: &dyn Fn(&str) -> Option<String>| match containerd.list(args) {
+        Ok(lines) => lines.iter().filter_map(|line| told(line)).collect(),
+        Err(e) => vec![format!("{UNKNOWN}{e:#}")],
+    };
     for (what, args) in
-        [("task", ["task", "ls", "-q"]), ("container", ["container", "ls", "-q"]), ("lease", ["lease", "ls", "-q"])]
+        [("task", ["task", "ls", "-q"]), ("container", ["container", "ls", "-q"]), ("lease", ["leases", "ls", "-q"])]
     {
-        all.extend(containerd.list(&args).into_iter().map(|id| format!("{what} {id} in containerd")));
+        all.extend(listed(&args, &|id| Some(format!("{what} {id} in containerd"))));
     }
     for snapshotter in ["overlayfs", "native"] {
-        for line in containerd.list(&["snapshot", "--snapshotter", snapshotter, "ls"]) {
-            if line.trim_end().ends_with("Active") {
-                all.insert(format!("{snapshotter} snapshot {line}"));
-            }
-        }
+        all.extend(listed(&["snapshot", "--snapshotter", snapshotter, "ls"], &|line| {
+            line.trim_end().ends_with("Active").then(|| format!("{snapshotter} snapshot {line}"))
+        }));
     }
     all
 }
@@ -139,7 +150,20 @@ fn cgroup_dirs(namespace: &str) -> Vec<PathBuf> {
     cgroups.filter_map(|l| l.split(' ').nth(4)).map(|p| Path::new(p).join(namespace)).filter(|p| p.is_dir()).collect()
 }
 
-pub(crate) fn remove_cgroups(namespace: &str) {
+/// The cgroups of what builds snapshots for the pods in `pods`; others' are beside them.
+fn builders_cgroups(pods: &Path) -> Vec<PathBuf> {
+    let names = (0..MAX_BUILDERS).map(|n| {
+        let dir = pods.join(".builders").join(n.to_string());
+        let digest = Sha256::digest(dir.as_os_str().as_encoded_bytes());
+        digest.iter().take(8).fold("chsnap-".to_owned(), |name, byte| format!("{name}{byte:02x}"))
+    });
+    let names: Vec<String> = names.collect();
+    let dirs = cgroup_dirs(BUILDERS);
+    dirs.iter().flat_map(|dir| names.iter().map(|name| dir.join(name))).filter(|dir| dir.is_dir()).collect()
+}
+
+/// Those of containers in that namespace, and of what builds snapshots for the pods in `pods`.
+pub(crate) fn remove_cgroups(namespace: &str, pods: &Path) {
     for dir in cgroup_dirs(namespace) {
         for child in children(&dir).into_iter().filter(|p| p.is_dir()) {
             // The processes of a pod have one of their own below the pod's.
@@ -148,6 +172,9 @@ pub(crate) fn remove_cgroups(namespace: &str) {
             }
             let _ = fs::remove_dir(child);
         }
+        let _ = fs::remove_dir(dir);
+    }
+    for dir in builders_cgroups(pods) {
         let _ = fs::remove_dir(dir);
     }
 }
