@@ -36,6 +36,8 @@ WAYS = {
     "image": ("io.chsnap.snapshot=require", f"io.chsnap.ready={READY}"),
 }
 CLONES = (1, 2, 4, 8)
+# How often what is measured beside the starts is: as many times as give a median.
+REPEATS = 3
 # To be reached under TCG.
 AIM_IMAGE, AIM_BASE, AIM_BARE, AIM_BARE_MS = 10, 3, 1.3, 100
 
@@ -104,6 +106,7 @@ class Bench:
     def __init__(self, args):
         self.args = args
         self.series = {}
+        self.driver = {}
 
     def note(self, group, name, value):
         self.series.setdefault(group, {}).setdefault(name, []).append(value)
@@ -123,6 +126,7 @@ class Bench:
         state = json.loads((pod / "state.json").read_text())
         if state["way"] != way:
             sys.exit(f"bench: {name} was started in the way {state['way']} ({state.get('why_not')}), not {way}")
+        self.driver = {"vmm": state["vmm"], "accelerator": state["accelerator"]}
         return pod / "8080.sock", state
 
     def end(self, name):
@@ -172,38 +176,48 @@ class Bench:
         if bare.returncode != 0:
             sys.exit("bench: the guest started by hand did not end well")
 
-    def build(self, *what):
-        """The manifest of a snapshot that is built for this."""
-        a = self.args
-        chsnap = [str(pathlib.Path(a.bin, "chsnap")), "snapshot"]
-        built = subprocess.run([*chsnap, "build", "--config", a.config, *what], stdout=subprocess.PIPE, text=True)
-        if built.returncode != 0:
-            sys.exit("bench: the snapshot could not be built")
-        key = built.stdout.split()[0]
-        shown = subprocess.run([*chsnap, "inspect", "--config", a.config, "--json", key], stdout=subprocess.PIPE,
-                               text=True, check=True)
-        return key, json.loads(shown.stdout)
+    def chsnap(self, *words):
+        """What `chsnap snapshot` prints."""
+        line = [str(pathlib.Path(self.args.bin, "chsnap")), "snapshot", words[0], "--config", self.args.config, *words[1:]]
+        done = subprocess.run(line, stdout=subprocess.PIPE, text=True)
+        if done.returncode != 0:
+            sys.exit(f"bench: chsnap snapshot {words[0]} failed")
+        return done.stdout
+
+    def build(self):
+        """The key of the image snapshot, and what it cost, of several builds."""
+        a, key = self.args, None
+        for _ in range(REPEATS):
+            if key:
+                self.chsnap("rm", key)
+            key = self.chsnap("build", a.image, "--stdin", "--ready", READY, "--ctr", a.ctr, "--address", a.address,
+                              "--", *SERVICE).split()[0]
+            shown = json.loads(self.chsnap("inspect", "--json", key))
+            self.note("snapshot", "build_ms", shown["manifest"]["build_ms"])
+            self.note("snapshot", "bytes", shown["bytes"])
+        return key
 
     def clones(self):
-        """Memory of each of several that run at the same time, VMM, virtiofsd and shim together."""
-        found = []
+        """Memory of each of several that run at the same time: its VMM, virtiofsd and shim together."""
         for n in CLONES:
-            names = [f"{ID}-{i}" for i in range(n)]
-            pids = []
-            for name in names:
-                path, state = self.start(name, "image")
-                until_answer(path)
-                pids += [state["pid"], *processes_of(state["pid"])]
-            found.append({"n": n, "pss_bytes": sum(map(pss, pids)) // n})
-            for name in names:
-                self.end(name)
-        return found
+            for _ in range(REPEATS):
+                names = [f"{ID}-{i}" for i in range(n)]
+                pods = []
+                for name in names:
+                    path, state = self.start(name, "image")
+                    until_answer(path)
+                    pods.append(state["pid"])
+                # Once all of them run: what they share is divided by those that do.
+                for pid in pods:
+                    self.note("clones", n, sum(map(pss, [pid, *processes_of(pid)])))
+                for name in names:
+                    self.end(name)
+        return [{"n": n, **flat("pss_bytes", self.series["clones"][n])} for n in CLONES]
 
     def run(self):
         runs = self.args.runs
-        self.build("--base")
-        a = self.args
-        key, image = self.build(a.image, "--stdin", "--ready", READY, "--ctr", a.ctr, "--address", a.address, "--", *SERVICE)
+        self.chsnap("build", "--base")
+        key = self.build()
         for i in range(runs):
             print(f"chsnap: run {i + 1} of {runs}", file=sys.stderr, flush=True)
             shim = pathlib.Path(self.args.bin, "containerd-shim-chsnap-v2")
@@ -222,13 +236,18 @@ class Bench:
         result = {group: {name: spread(values) for name, values in names.items()}
                   for group, names in self.series.items()}
         result["bare_restore_ms"] = result["bare_restore"]["first response"]
-        result["snapshot"] = {"build_ms": image["manifest"]["build_ms"], "bytes": image["bytes"]}
+        result["snapshot"] = {k: v for name in ("build_ms", "bytes") for k, v in flat(name, self.series["snapshot"][name]).items()}
         result["clones"] = self.clones()
-        return result
+        return {**result, **self.driver}
 
 
 def spread(values):
     return {"median": round(statistics.median(values), 2), "min": round(min(values), 2), "max": round(max(values), 2)}
+
+
+def flat(name, values):
+    """The median under the name itself, and how far the others are from it beside."""
+    return {name: round(statistics.median(values)), f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
 def show(result):
@@ -239,9 +258,12 @@ def show(result):
         for name, s in result[group].items():
             print(f"    {name:32}{s['median']:10.1f}{s['min']:10.1f}{s['max']:10.1f}")
     snapshot = result["snapshot"]
-    print(f"\n  image snapshot: built in {snapshot['build_ms']} ms, {snapshot['bytes'] / 2**20:.0f} MiB")
+    print(f"\n  image snapshot: built in {snapshot['build_ms']} ms ({snapshot['build_ms_min']} to {snapshot['build_ms_max']}), "
+          f"{snapshot['bytes'] / 2**20:.0f} MiB")
     for one in result["clones"]:
-        print(f"  {one['n']} clones: {one['pss_bytes'] / 2**20:.0f} MiB each")
+        least, median, most = (one[f"pss_bytes{end}"] / 2**20 for end in ("_min", "", "_max"))
+        print(f"  {one['n']} clones: {median:.0f} MiB each ({least:.0f} to {most:.0f})")
+    print(f"  on {result['vmm']} with {result['accelerator']}")
 
 
 def ratios(result):
