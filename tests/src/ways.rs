@@ -8,7 +8,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     ffi::OsString,
-    fs,
+    fmt, fs,
     path::PathBuf,
     sync::{Mutex, PoisonError},
     time::Duration,
@@ -60,7 +60,26 @@ pub enum Way {
     Image,
 }
 
+/// Whether each case is to run in all ways.
+#[must_use]
+pub fn all_wanted() -> bool {
+    std::env::var("CHSNAP_TEST_WAY").is_ok_and(|way| way == "all")
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Direct => "direct",
+            Self::Base => "base",
+            Self::Image => "image",
+        })
+    }
+}
+
 impl Way {
+    /// There are no others.
+    pub const ALL: [Self; 3] = [Self::Direct, Self::Base, Self::Image];
+
     /// Of the case with this number.
     #[must_use]
     pub fn of_turn(turn: usize) -> Self {
@@ -68,9 +87,9 @@ impl Way {
             Ok("direct") => Self::Direct,
             Ok("base") => Self::Base,
             Ok("image") => Self::Image,
-            Ok(other) => panic!("CHSNAP_TEST_WAY={other}: direct, base and image are known"),
             // A boot takes as long as ten restores.
-            Err(_) => [Self::Direct, Self::Base, Self::Image, Self::Base, Self::Image][turn % 5],
+            Ok("all" | "") | Err(_) => [Self::Direct, Self::Base, Self::Image, Self::Base, Self::Image][turn % 5],
+            Ok(other) => panic!("CHSNAP_TEST_WAY={other}: direct, base, image and all are known"),
         }
     }
 }

@@ -49,6 +49,10 @@ mod stdio;
 
 use cases::{Case, Scope};
 
+/// Topics about what a container does, in whatever way it was started.
+const CONTAINERS: [&str; 10] =
+    ["lifecycle", "stdio", "exec", "signals", "events", "metrics", "restart", "pod", "share", "expose"];
+
 /// More would only wait for each other's image imports and guests.
 const MAX_LANES: usize = 4;
 
@@ -141,13 +145,21 @@ fn trials() -> Vec<Trial> {
                     Scope::Vms => vmm != Vmm::Runc,
                     Scope::Once => vmm != Vmm::Runc && version == Version::V2_1,
                 };
-                if here && (vmm != Vmm::Runc || reference) {
-                    let name = format!("{vmm}/{version}/{topic}::{}", case.name);
+                if !here || (vmm == Vmm::Runc && !reference) {
+                    continue;
+                }
+                let name = format!("{vmm}/{version}/{topic}::{}", case.name);
+                let unprovokable = cases::unprovokable(case.name);
+                if let (Some(why), None) = (unprovokable, &why_not) {
+                    println!("{vmm}: {topic}::{} is ignored: {why}", case.name);
+                }
+                let in_all = vmm != Vmm::Runc && version == Version::V2_1 && CONTAINERS.contains(&topic);
+                let named = match in_all && ways::all_wanted() {
+                    true => Way::ALL.map(|way| (way, format!("{name}__{way}"))).to_vec(),
+                    false => vec![(way, name)],
+                };
+                for (way, name) in named {
                     let trial = Trial::test(name, move || run(vmm, version, way, case));
-                    let unprovokable = cases::unprovokable(case.name);
-                    if let (Some(why), None) = (unprovokable, &why_not) {
-                        println!("{vmm}: {topic}::{} is ignored: {why}", case.name);
-                    }
                     trials.push(trial.with_ignored_flag(why_not.is_some() || unprovokable.is_some()));
                 }
             }
