@@ -161,7 +161,8 @@ fn initialised(env: &Env) -> Result<()> {
         let in_hook = hook["time"].as_f64().unwrap_or_default();
         ensure!(*started - 0.05 <= in_hook && in_hook <= before + 0.05, "{started} <= {in_hook} <= {before}");
         ensure!(answer["secret"] == *who, "{answer}");
-        ensure!(pod.sh("cat /sys/fs/cgroup/memory.max")? == MEMORY);
+        let metrics: Value = serde_json::from_str(&env.ctr().text(["task", "metrics", "--format", "json", &pod.id])?)?;
+        ensure!(metrics["memory"]["usage_limit"].to_string() == MEMORY, "its limit: {metrics}");
         ensure!(answer["events"] == serde_json::json!(["before", "after"]), "{answer}");
         ensure!(answer["who"] == *who && answer["hostname"] == pod.id.as_str(), "{answer}");
         ensure!(answer["hosts"] == format!("127.0.0.1 {who}\n"), "{answer}");
