@@ -29,6 +29,9 @@ use transport::{Peer, Source, TransportError};
 
 /// A stream is one descriptor or two, and there may be thousands.
 const OPEN_FILES: u64 = 32768;
+/// For processes whose specification has no limit, soft and hard: what runc passes on of containerd's own, and as much as
+/// a kernel allows by itself. Its own default is 1024.
+const THEIR_OPEN_FILES: u64 = 1 << 20;
 
 /// Why the agent cannot work.
 #[derive(Debug, thiserror::Error)]
@@ -90,15 +93,15 @@ fn main() -> ExitCode {
 fn run() -> Result<(), AgentError> {
     let arguments = arguments()?;
     let start = |e: nix::Error| AgentError::Start(e.into());
-    let open_files = getrlimit(Resource::RLIMIT_NOFILE).map_err(start)?;
-    // Where it may not be raised, there are fewer streams.
-    let _ = setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES.max(open_files.1));
+    // Where it may not be raised, outside a VM, there are fewer streams, and fewer files for all.
+    let _ = setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, THEIR_OPEN_FILES);
+    let (_, open_files) = getrlimit(Resource::RLIMIT_NOFILE).map_err(start)?;
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(AgentError::Start)?;
-    runtime.block_on(serve(arguments, open_files))
+    runtime.block_on(serve(arguments, open_files.min(THEIR_OPEN_FILES)))
 }
 
-async fn serve(arguments: Arguments, open_files: (u64, u64)) -> Result<(), AgentError> {
+async fn serve(arguments: Arguments, open_files: u64) -> Result<(), AgentError> {
     let init_start_ns = clock::init_start_ns();
     // Outside a VM, the directory would be the host's.
     let freezer = match arguments.unix {

@@ -231,6 +231,9 @@ async fn processes_are_limited(guest: &Guest) {
     assert!(err.contains("can't fork"), "{err}");
     assert_eq!(guest.stats("pids").await.pids_max, 5);
     guest.delete("pids").await.unwrap();
+    // Of files, where nobody says how many.
+    let spec = guest.shell("ulimit -n; ulimit -Hn").set("/process/rlimits", json!([]));
+    assert_eq!(guest.output("files", &spec).await.1, "1048576\n1048576\n");
 }
 
 async fn paths_of_the_share_are_bound(guest: &Guest) {

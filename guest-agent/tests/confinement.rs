@@ -128,6 +128,29 @@ async fn limits_and_sysctls_are_set() {
     assert_eq!(output(&agent, &spec).await, "100\n200\n0\n1234\n500\n");
 }
 
+/// More than a kernel gives by itself, and no less than runc does.
+#[tokio::test]
+async fn without_a_limit_files_are_many() {
+    need_root!();
+    let agent = Agent::start().await;
+    let all = std::fs::read_to_string(format!("/proc/{}/limits", agent.pid())).unwrap();
+    let all = all.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    let all = all.split_whitespace().nth(4).unwrap();
+    // It may raise its own in a guest; a sandbox may keep root from that.
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:\t")).unwrap();
+    if u64::from_str_radix(effective, 16).unwrap() & (1 << 24) != 0 {
+        assert_eq!(all, "1048576");
+    }
+    let look = "ulimit -n; ulimit -Hn; echo";
+    let streams = agent.run("c", &agent.shell(&format!("{look}; sleep 100")).set("/process/rlimits", json!([]))).await;
+    assert_eq!(agent.read_until(streams.stdout_stream, "\n\n").await, format!("{all}\n{all}\n\n"));
+    let exec = agent.exec("c", "e", &agent.shell(look).set("/process/rlimits", json!(null))).await.unwrap();
+    agent.start_process("c", "e").await.unwrap();
+    assert_eq!(agent.text(exec.stdout_stream).await, format!("{all}\n{all}\n\n"));
+    agent.delete("c").await.unwrap();
+}
+
 #[tokio::test]
 async fn no_descriptor_leaks_and_no_signal_is_ignored() {
     need_root!();

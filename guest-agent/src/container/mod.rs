@@ -108,8 +108,8 @@ pub struct Containers {
     pub streams: Streams,
     pub reaper: Reaper,
     own_pid_namespace: File,
-    /// The limit of open files that the agent was born with, for processes whose specification has none.
-    open_files: (u64, u64),
+    /// The limit of open files for processes whose specification has none.
+    open_files: u64,
     /// `None` while one is being created.
     all: Mutex<HashMap<String, Option<Arc<Container>>>>,
 }
@@ -128,7 +128,7 @@ impl Containers {
     ///
     /// # Errors
     /// If /proc is not there.
-    pub fn new(cgroup_root: PathBuf, open_files: (u64, u64)) -> io::Result<Self> {
+    pub fn new(cgroup_root: PathBuf, open_files: u64) -> io::Result<Self> {
         Ok(Self {
             cgroup_root,
             streams: Streams::default(),

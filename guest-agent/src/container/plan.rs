@@ -80,8 +80,8 @@ pub struct Setting<'a> {
     pub terminal: bool,
     /// The home directory from the container's user list.
     pub home: String,
-    /// What the process gets where its specification says nothing.
-    pub open_files: (u64, u64),
+    /// The limit, soft and hard, where the specification has none.
+    pub open_files: u64,
 }
 
 /// The container's own process; waits for its start when all is set up.
@@ -193,8 +193,8 @@ fn process(spec: &Process, setting: &Setting<'_>) -> Result<Vec<Op>, PlanError> 
         ops.push(Op::Limit { resource: resource(limit)?, soft: limit.soft, hard: limit.hard });
     }
     if !spec.rlimits.iter().any(|limit| limit.kind == "RLIMIT_NOFILE") {
-        let (soft, hard) = setting.open_files;
-        ops.push(Op::Limit { resource: libc::RLIMIT_NOFILE as i32, soft, hard });
+        let all = setting.open_files;
+        ops.push(Op::Limit { resource: libc::RLIMIT_NOFILE as i32, soft: all, hard: all });
     }
     ops.push(Op::Umask(spec.user.umask.unwrap_or(0o022)));
     let cwd = if spec.cwd.is_empty() { "/" } else { &spec.cwd };
