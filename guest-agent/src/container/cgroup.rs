@@ -13,11 +13,10 @@ use nix::{
 };
 use ttrpc::Code;
 
-use chsnap_protocol::agent::StatsResponse;
-
 use super::{
     oom::{self, EVENTS, OomKills},
     spec::Resources,
+    stats::field,
 };
 use crate::error::Coded;
 
@@ -67,8 +66,8 @@ impl Coded for CgroupError {
 /// One container's.
 #[derive(Debug)]
 pub struct Cgroup {
-    path: PathBuf,
-    fd: OwnedFd,
+    pub(super) path: PathBuf,
+    pub(super) fd: OwnedFd,
 }
 
 /// Enables in the children of `path` what the kernel has of [`CONTROLLERS`].
@@ -267,47 +266,12 @@ impl Cgroup {
         }
         Ok(())
     }
-
-    /// What the kernel counted. A controller that is not there counts nothing.
-    pub fn stats(&self) -> StatsResponse {
-        let text = |file: &str| fs::read_to_string(self.path.join(file)).unwrap_or_default();
-        let number = |file: &str| text(file).trim().parse().unwrap_or(0);
-        let limit = |file: &str| text(file).trim().parse().unwrap_or(u64::MAX);
-        let (cpu, memory) = (text("cpu.stat"), text("memory.stat"));
-        StatsResponse {
-            cpu_usage_usec: field(&cpu, "usage_usec"),
-            cpu_user_usec: field(&cpu, "user_usec"),
-            cpu_system_usec: field(&cpu, "system_usec"),
-            cpu_nr_periods: field(&cpu, "nr_periods"),
-            cpu_nr_throttled: field(&cpu, "nr_throttled"),
-            cpu_throttled_usec: field(&cpu, "throttled_usec"),
-            memory_current: number("memory.current"),
-            memory_max: limit("memory.max"),
-            memory_anon: field(&memory, "anon"),
-            memory_file: field(&memory, "file"),
-            memory_kernel_stack: field(&memory, "kernel_stack"),
-            memory_slab: field(&memory, "slab"),
-            memory_inactive_file: field(&memory, "inactive_file"),
-            memory_pgfault: field(&memory, "pgfault"),
-            memory_pgmajfault: field(&memory, "pgmajfault"),
-            memory_oom_kills: self.oom_kills(),
-            pids_current: number("pids.current"),
-            pids_max: limit("pids.max"),
-            ..Default::default()
-        }
-    }
 }
 
 impl AsFd for Cgroup {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
-}
-
-/// The number beside `key` in a file of lines "key number".
-pub(super) fn field(text: &str, key: &str) -> u64 {
-    let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
-    line.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
 }
 
 /// The files of the limits with their values, in the order in which they are written.
@@ -387,11 +351,5 @@ mod tests {
     fn a_path_is_no_resource() {
         let json = r#"{"unified": {"../memory.max": "1"}}"#;
         assert!(limits(&serde_json::from_str(json).unwrap()).is_err());
-    }
-
-    #[test]
-    fn a_field_is_not_its_namesake() {
-        assert_eq!(field("user_usec 2\nusage_usec 1\n", "usage_usec"), 1);
-        assert_eq!(field("anon_thp 4\nanon 3\n", "anon"), 3);
     }
 }

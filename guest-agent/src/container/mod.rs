@@ -13,6 +13,7 @@ mod oom;
 mod passwd;
 mod plan;
 mod spec;
+mod stats;
 
 use std::{
     collections::HashMap,

@@ -5,7 +5,7 @@ use std::{fs::File, io, os::fd::OwnedFd, path::Path};
 use nix::sys::uio::pread;
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::cgroup::field;
+use super::stats::field;
 use crate::sys;
 
 /// In a cgroup's directory.
