@@ -18,9 +18,9 @@ use chsnap_protocol::{
     agent::{
         AdoptRequest, AwaitReadyRequest, ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest,
         CreateProcessResponse, Empty, FreezeRequest, InfoRequest, InfoResponse, ListPidsResponse, ProcessRef,
-        ReadStreamRequest, ReadStreamResponse, ResizeTerminalRequest, ResumeRequest, SignalProcessRequest,
-        StartProcessResponse, StatsResponse, StreamRef, WaitOomRequest, WaitOomResponse, WaitProcessResponse,
-        WriteStreamRequest,
+        ReadStreamRequest, ReadStreamResponse, ResizeTerminalRequest, ResumeRequest, ResumeResponse,
+        SignalProcessRequest, StartProcessResponse, StatsResponse, StreamRef, WaitOomRequest, WaitOomResponse,
+        WaitProcessResponse, WriteStreamRequest,
     },
     agent_ttrpc::Agent,
 };
@@ -95,9 +95,10 @@ impl Agent for Service {
         })
     }
 
-    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Answer<Empty> {
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Answer<ResumeResponse> {
         resume::resume(&request, clock::boot_ns()).map_err(refuse)?;
-        Ok(Empty::new())
+        // What the request's way took is missing in it, which only the host can judge.
+        Ok(ResumeResponse { wall_clock_ns: clock::wall_ns(), ..Default::default() })
     }
 
     async fn create_container(

@@ -308,8 +308,13 @@ async fn a_machine_is_made_one_of_its_own(guest: &Guest) {
         ..Default::default()
     };
     let asked = Instant::now();
-    guest.client.resume(soon(), &request).await.unwrap();
-    let difference = guest.info().await.wall_clock_ns - request.wall_clock_ns;
+    let answer = guest.client.resume(soon(), &request).await.unwrap();
+    let took = asked.elapsed().as_nanos() as i64;
+    // What it answers with, and what it goes on with.
+    let difference = answer.wall_clock_ns - request.wall_clock_ns;
+    assert!((0..=took + 50_000_000).contains(&difference), "{difference}");
+    let now = guest.info().await.wall_clock_ns;
+    let difference = now - answer.wall_clock_ns;
     assert!((0..=asked.elapsed().as_nanos() as i64 + 50_000_000).contains(&difference), "{difference}");
     // One that runs sees it too.
     let exec = guest.exec("epoch", "e", &guest.shell("cat /dev/chsnap/epoch")).await.unwrap();
