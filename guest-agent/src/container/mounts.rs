@@ -43,6 +43,11 @@ const PROPAGATION: &[&str] =
     &["private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable"];
 
 /// The devices every container has: name, major, minor.
+///
+/// The others that `linux.resources.devices` denies are not denied here. A container with CAP_MKNOD may make a node of any
+/// number in its `/dev`, as runc's own list lets it, and what it could open so is the guest's: no device of the host is in
+/// the VM, its disks are directories of the share, which have no nodes, and the port of the agent channel can be opened only
+/// once, which the agent has done. The host trusts the guest's kernel no more than a container in it.
 const DEVICES: &[(&str, u64, u64)] =
     &[("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
 
