@@ -44,6 +44,14 @@ says() {
 says "an unknown architecture" 1 "no node for the architecture sparc" env ARCH=sparc "$NODE" run true
 says "an unknown CPU" 1 "has ended while booting.*no-such-cpu" env CPU=no-such-cpu "$NODE" run true
 says "no space" 1 "a node needs 999999 GiB" env NODE_SPACE=999999 "$NODE" run true
+program='qemu-system-x86_64'
+[ "$ARCH" = amd64 ] || program='qemu-system-aarch64'
+# Where the machine itself has a QEMU that will do, none is fetched.
+system=$(qemu_version "$program")
+if [ -z "$system" ] || ! version_ge "$system" 10; then
+  says "no QEMU" 1 "the package lists of .* could not be read" \
+    unshare --net env CHSNAP_TARGET="$WORK/without" "$NODE" run true
+fi
 if [ "$ARCH" != "$(host_arch)" ]; then
   # Nothing has been fetched in that directory, and nothing can be.
   for part in host agent; do
