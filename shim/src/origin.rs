@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use thiserror::Error;
 use tokio::{process::Command, time::timeout};
 
-use crate::share::{CloneRoot, RootMount};
+use crate::share::{CloneRoot, Overlay, RootMount};
 
 /// containerd answers at once, or has other things to do.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -74,6 +74,12 @@ pub enum OriginError {
         /// Which.
         dir: PathBuf,
     },
+    /// The name is another's by now.
+    #[error("containerd has another container {container:?} by now: its root consists of other layers")]
+    Another {
+        /// Which.
+        container: String,
+    },
     /// The root has a parent that is none of an image's.
     #[error("the container's root was not made from an image: its snapshot's parent is {parent:?}")]
     NoImage {
@@ -112,6 +118,22 @@ impl Place {
         match parent.strip_prefix("sha256:").is_some_and(|hex| hex.len() == 64) {
             true => Ok(parent),
             false => Err(OriginError::NoImage { parent }),
+        }
+    }
+
+    /// The same, for a container whose root consists of the directories `lowers`. A name can be given to another container, of
+    /// another image: it is made sure that this is still the one that had these.
+    ///
+    /// # Errors
+    /// See [`OriginError`].
+    pub async fn chain_id_of_layers(&self, client: &Path, lowers: &[PathBuf]) -> Result<String, OriginError> {
+        let of = self.snapshot(client).await?;
+        // In this order: who has these layers afterwards had them when the question was answered.
+        let chain_id = self.parent(client, &of).await;
+        let rootfs = self.mounts(client, &of).await?;
+        match Overlay::of(&rootfs) {
+            Some(overlay) if overlay.lowers == lowers => chain_id,
+            _ => Err(OriginError::Another { container: self.container.clone() }),
         }
     }
 
@@ -210,8 +232,38 @@ fn root_mount(line: &str) -> Option<RootMount> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod testing {
+    use std::{fs, os::unix::fs::PermissionsExt};
+
     use super::*;
+
+    pub const CHAIN_ID: &str = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+
+    /// A client in `dir` of a containerd that has a container `web` whose root has this parent, and these layers.
+    pub fn client(dir: &Path, parent: &str, lowers: &[PathBuf]) -> PathBuf {
+        let lowers: Vec<_> = lowers.iter().map(|lower| lower.display().to_string()).collect();
+        let script = format!(
+            "#!/bin/sh\ncase \"$*\" in\n\
+             *'containers info web') echo '{{\"Snapshotter\": \"overlayfs\", \"SnapshotKey\": \"web\"}}';;\n\
+             *'overlayfs info web') echo '{{\"Parent\": \"{parent}\"}}';;\n\
+             *'overlayfs mounts / web') echo mount -t overlay overlay / -o workdir=/w,upperdir=/u,lowerdir={};;\n\
+             *) echo not found >&2; exit 1;;\nesac\n",
+            lowers.join(":")
+        );
+        let client = dir.join("ctr");
+        fs::write(&client, script).unwrap();
+        fs::set_permissions(&client, fs::Permissions::from_mode(0o755)).unwrap();
+        client
+    }
+
+    pub fn place(container: &str) -> Place {
+        Place { address: "/sock".into(), namespace: "default".into(), container: container.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{testing::*, *};
 
     #[test]
     fn a_mount_is_read_as_it_would_be_typed() {
@@ -219,5 +271,23 @@ mod tests {
         let mount = root_mount(line).unwrap();
         assert_eq!((mount.fstype.as_str(), mount.source.as_str(), mount.options.len()), ("overlay", "overlay", 4));
         assert!(root_mount("").is_none() && root_mount("umount /").is_none());
+    }
+
+    #[tokio::test]
+    async fn a_name_that_was_given_to_another_image_s_container_is_no_answer() {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, two) = (vec![PathBuf::from("/s/2/fs"), "/s/1/fs".into()], vec![PathBuf::from("/s/3/fs")]);
+        let web = client(dir.path(), CHAIN_ID, &one);
+        assert_eq!(place("web").chain_id_of_layers(&web, &one).await.unwrap(), CHAIN_ID);
+        let error = place("web").chain_id_of_layers(&web, &two).await.unwrap_err();
+        assert!(matches!(error, OriginError::Another { .. }), "{error}");
+        let error = place("gone").chain_id_of_layers(&web, &one).await.unwrap_err();
+        assert!(matches!(error, OriginError::Failed { .. }), "{error}");
+        // One without an image says nothing about another of its name, either.
+        let web = client(dir.path(), "", &one);
+        let error = place("web").chain_id_of_layers(&web, &one).await.unwrap_err();
+        assert!(matches!(error, OriginError::NoImage { .. }), "{error}");
+        let error = place("web").chain_id_of_layers(&web, &two).await.unwrap_err();
+        assert!(matches!(error, OriginError::Another { .. }), "{error}");
     }
 }

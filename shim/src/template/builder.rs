@@ -10,6 +10,7 @@ use chsnap_protocol::agent::InfoResponse;
 use super::{
     Built, Order, RungError, TemplateError,
     climb::{Climbed, Step, climb},
+    image::{ImageOrder, Named},
     is_lasting, told,
 };
 use crate::{
@@ -43,9 +44,14 @@ const VMM_CPUS: u32 = 1;
 pub async fn build(order: &Order, tell: &mut dyn FnMut(&str)) -> Result<Built, TemplateError> {
     let config = &order.config;
     let store = Store::open(&config.snapshot.dir, config.snapshot.budget.as_bytes())?;
+    // While the container is there that it is built beside.
+    let named = match &order.image {
+        Some(image) => Some((image, image.name(config).await)),
+        None => None,
+    };
     // Also of a build that is given up half-way nothing is left.
     let ground = Ground::claim(order, tell)?;
-    build_on(&ground, order, store, tell).await
+    build_on(&ground, order, named, store, tell).await
 }
 
 /// Removes what builders have left that were killed.
@@ -67,6 +73,7 @@ pub(super) fn clear_away(config: &Config) {
 async fn build_on(
     ground: &Ground,
     order: &Order,
+    image: Option<(&ImageOrder, Result<Named, TemplateError>)>,
     store: Store,
     tell: &mut dyn FnMut(&str),
 ) -> Result<Built, TemplateError> {
@@ -75,9 +82,9 @@ async fn build_on(
     let mut workshop = Workshop { order, store, ground, virtiofsd, held: Vec::new() };
     let (rung, refusals, base) = workshop.base(&mut scout, tell).await?;
     workshop.held.clear();
-    let built = match &order.image {
+    let built = match image {
         None => base,
-        Some(image) => workshop.image(image, (rung, &refusals), &mut scout, tell).await?,
+        Some((image, named)) => workshop.image(image, named, (rung, &refusals), &mut scout, tell).await?,
     };
     if let Err(error) = workshop.store.keep_budget() {
         tell(&format!("the store's budget is not kept: {}", chain(&error)));

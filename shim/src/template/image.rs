@@ -92,28 +92,49 @@ pub enum ProcessError {
     Trial(#[source] StartError),
 }
 
+/// An image that containerd has named.
+#[derive(Debug)]
+pub(super) struct Named {
+    chain_id: String,
+    /// Its layers, the topmost first.
+    lowers: Vec<PathBuf>,
+}
+
+impl ImageOrder {
+    /// Asks containerd which image it is about, and remembers that. To be done first: containers are removed, and their names
+    /// given to others, while a base snapshot is built.
+    pub(super) async fn name(&self, config: &Config) -> Result<Named, TemplateError> {
+        let client = &config.snapshot.ctr;
+        let (chain_id, lowers) = match &self.lowers {
+            Some(lowers) => (self.place.chain_id_of_layers(client, lowers).await?, lowers.clone()),
+            // The directory is then that of the image that was named, whoever's name that was.
+            None => {
+                let chain_id = self.place.chain_id(client).await?;
+                let root = self.place.image_root(client, &chain_id).await?;
+                (chain_id, vec![root])
+            }
+        };
+        let gone = |_| TemplateError::from(ProcessError::Layers);
+        Layers::load(&config.snapshot.dir).learn(&lowers, &chain_id).map_err(gone)?;
+        Ok(Named { chain_id, lowers })
+    }
+}
+
 impl Workshop<'_> {
     /// Builds the one that `image` is about: on the rung that was found to work, or on a barer one, if what this process
     /// uses cannot be saved or restored there.
     pub(super) async fn image(
         &self,
         image: &ImageOrder,
+        named: Result<Named, TemplateError>,
         (from, fuller): (Rung, &[Refusal]),
         scout: &mut Scout,
         tell: &mut dyn FnMut(&str),
     ) -> Result<Built, TemplateError> {
-        let config = &self.order.config;
-        let chain_id = match image.place.chain_id(&config.snapshot.ctr).await {
-            Ok(chain_id) => chain_id,
+        let Named { chain_id, lowers } = match named {
+            Ok(named) => named,
             Err(error) => return Err(self.nameless(image, error, scout).await),
         };
-        let lowers = match &image.lowers {
-            Some(lowers) => lowers.clone(),
-            None => vec![image.place.image_root(&config.snapshot.ctr, &chain_id).await?],
-        };
-        let mut layers = Layers::load(&config.snapshot.dir);
-        let gone = |_| TemplateError::from(ProcessError::Layers);
-        layers.learn(&lowers, &chain_id).map_err(gone)?;
         let attempt = async |rung, refusals: &[Refusal]| {
             let refusals = [fuller, refusals].concat();
             let error = match self.image_on(rung, refusals, image, &chain_id, &lowers, scout, tell).await {
@@ -136,11 +157,10 @@ impl Workshop<'_> {
     }
 
     /// Remembers of a stack of layers, whose image nobody can name, that this is so: else every pod would ask.
-    async fn nameless(&self, image: &ImageOrder, error: OriginError, scout: &mut Scout) -> TemplateError {
+    /// A container that is gone says nothing: the next one of its layers may be asked about.
+    async fn nameless(&self, image: &ImageOrder, error: TemplateError, scout: &mut Scout) -> TemplateError {
         let Config { vmm, state, .. } = &self.order.config;
-        let passing = !matches!(error, OriginError::Program { .. } | OriginError::Slow { .. });
-        let error = TemplateError::from(error);
-        let (false, Some(lowers)) = (passing, &image.lowers) else { return error };
+        let (true, Some(lowers)) = (is_of_no_image(&error), &image.lowers) else { return error };
         let key = async {
             let process = image.blueprint.process(&nameless(lowers)).ok()?;
             let driver = vmm::select(vmm, scout).await.ok()?;
@@ -300,6 +320,11 @@ impl Drop for Placed<'_> {
     }
 }
 
+/// Whether containerd has said that there is no image, and not just failed to name one.
+fn is_of_no_image(error: &TemplateError) -> bool {
+    matches!(error, TemplateError::Origin(OriginError::NoImage { .. }))
+}
+
 fn guest(error: StartError) -> ProcessError {
     ProcessError::Guest(error)
 }
@@ -323,4 +348,64 @@ fn directory(path: &Path, like: Option<&PathBuf>) -> Result<(), ProcessError> {
 
 fn remove(path: &Path) -> Result<(), ProcessError> {
     fs::remove_dir_all(path).map_err(|source| ProcessError::Scratch { path: path.into(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        origin::testing::{CHAIN_ID, client, place},
+        template::{Order, build},
+    };
+
+    /// For a pod `container` whose root consists of `lowers`, in whose place nothing more than containerd is there.
+    fn order(dir: &Path, client: &Path, container: &str, lowers: &[PathBuf]) -> Order {
+        let mut config = Config::default();
+        config.snapshot.dir = dir.join("snapshots");
+        config.state.dir = dir.join("state");
+        config.snapshot.ctr = client.into();
+        // Nothing is built: there is no place for a builder.
+        config.snapshot.builders = 0;
+        let streams = serde_json::json!({ "stdin": false, "stdout": true, "stderr": true, "terminal": false });
+        let blueprint = serde_json::json!({
+            "spec": { "ociVersion": "1.0.2" }, "ready": "notify", "streams": streams, "own_env": [],
+        });
+        let blueprint = serde_json::from_value(blueprint).unwrap();
+        let image = Some(ImageOrder { blueprint, lowers: Some(lowers.to_vec()), place: place(container) });
+        Order { config, vcpus: 1, memory_mib: 256, beside: true, image }
+    }
+
+    #[tokio::test]
+    async fn an_image_is_named_before_anything_is_built_and_by_its_own_layers_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let layer = |name: &str| dir.path().join(name);
+        let (one, two) = (vec![layer("2"), layer("1")], vec![layer("3")]);
+        one.iter().chain(&two).for_each(|layer| fs::create_dir(layer).unwrap());
+        let web = client(dir.path(), CHAIN_ID, &one);
+        let known = |order: &Order, lowers: &[PathBuf]| {
+            Layers::load(&order.config.snapshot.dir).chain_id(lowers).map(str::to_owned)
+        };
+        // The pod had other layers: its name is another's by now.
+        let other = order(dir.path(), &web, "web", &two);
+        assert!(matches!(build(&other, &mut |_| ()).await, Err(TemplateError::Busy(0))));
+        assert_eq!((known(&other, &two), known(&other, &one)), (None, None));
+        let order = order(dir.path(), &web, "web", &one);
+        assert!(matches!(build(&order, &mut |_| ()).await, Err(TemplateError::Busy(0))));
+        assert_eq!(known(&order, &one).as_deref(), Some(CHAIN_ID));
+    }
+
+    #[tokio::test]
+    async fn only_a_root_of_no_image_is_remembered_as_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let lowers = [dir.path().to_owned()];
+        let web = client(dir.path(), "", &lowers);
+        for (container, layers, expected) in
+            [("web", &lowers[..], true), ("gone", &lowers[..], false), ("web", &[PathBuf::from("/other")][..], false)]
+        {
+            let order = order(dir.path(), &web, container, layers);
+            let error = order.image.as_ref().unwrap().name(&order.config).await.unwrap_err();
+            assert_eq!(is_of_no_image(&error), expected, "{container}: {}", chain(&error));
+            assert!(!is_lasting(&error));
+        }
+    }
 }
