@@ -16,7 +16,7 @@ use nix::{
 };
 use thiserror::Error;
 
-use crate::{share, state::State};
+use crate::{share, state::State, vmm};
 
 /// The longest path of a UNIX socket: 108 bytes of which one ends it.
 const MAX_SOCKET: usize = 107;
@@ -175,6 +175,9 @@ fn try_claim(path: &Path) -> io::Result<Option<Flock<File>>> {
 
 fn clear(path: &Path) {
     share::remove_leftovers(path);
+    if let Err(error) = vmm::remove_leftovers(path) {
+        log::warn!("what a restore has left in {} stays: {error}", path.display());
+    }
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|t| !t.is_dir()) {
             let _ = fs::remove_file(entry.path());
@@ -237,7 +240,18 @@ mod tests {
         fs::create_dir_all(path.join("share/web/rootfs")).unwrap();
         fs::write(path.join("state.json"), "{").unwrap();
         fs::write(path.join("8080.sock"), "").unwrap();
+        // A restore: with links to a snapshot, which stays.
+        let snapshot = state.path().join("snapshot");
+        fs::create_dir(&snapshot).unwrap();
+        fs::write(snapshot.join("memory-ranges"), "memory").unwrap();
+        fs::create_dir(path.join("restore")).unwrap();
+        fs::write(path.join("restore/config.json"), "{}").unwrap();
+        for name in ["memory-ranges", "state.json", "."] {
+            let link = path.join("restore").join(name.replace('.', "-"));
+            std::os::unix::fs::symlink(snapshot.join(name), link).unwrap();
+        }
         let dir = PodDir::claim(&path).unwrap();
+        assert_eq!(fs::read_to_string(snapshot.join("memory-ranges")).unwrap(), "memory");
         assert!(fs::read_dir(&path).unwrap().next().is_none());
         dir.remove();
     }

@@ -33,7 +33,7 @@ use tokio::{
 };
 
 use self::api::Api;
-pub use self::own::rungs as own_rungs;
+pub use self::{own::rungs as own_rungs, snapshot::remove_leftovers};
 use super::{
     Accelerator, BootError, Channel, ChannelError, ControlError, Driver, Rung, SnapshotError, Vm, VmExit, VmSpec,
     VmmKind,

@@ -40,7 +40,7 @@ pub struct Links(std::path::PathBuf);
 
 impl Drop for Links {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
+        if let Err(error) = remove(&self.0) {
             log::warn!("cannot remove {:?}: {error}", self.0);
         }
     }
@@ -51,7 +51,7 @@ impl Links {
     pub fn make(spec: &VmSpec, vsock: &Path, from: &Path) -> Result<Self, BootError> {
         let dir = spec.run_dir.join(LINKS);
         let failed = |path: &Path, source| BootError::Snapshot { path: path.to_owned(), source };
-        fs::create_dir(&dir).map_err(|error| failed(&dir, error))?;
+        remove(&dir).and_then(|()| fs::create_dir(&dir)).map_err(|error| failed(&dir, error))?;
         let links = Self(dir);
         let entries = fs::read_dir(from).and_then(Iterator::collect::<io::Result<Vec<_>>>);
         for entry in entries.map_err(|error| failed(from, error))? {
@@ -73,6 +73,25 @@ impl Links {
     pub fn dir(&self) -> &Path {
         &self.0
     }
+}
+
+/// Removes what a restore has left in the machine's directory `run_dir` that was killed in the middle.
+pub fn remove_leftovers(run_dir: &Path) -> io::Result<()> {
+    remove(&run_dir.join(LINKS))
+}
+
+/// The links, not what they lead to. There is no directory among them: what is none of ours stays.
+fn remove(dir: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+        Ok(meta) if !meta.is_dir() => return fs::remove_file(dir),
+        Ok(_) => {}
+    }
+    for entry in fs::read_dir(dir)? {
+        fs::remove_file(entry?.path())?;
+    }
+    fs::remove_dir(dir)
 }
 
 /// The saved machine's configuration with this one's paths.
@@ -139,6 +158,17 @@ mod tests {
         let at = links.dir().to_owned();
         drop(links);
         assert!(!at.exists());
+        assert_eq!(fs::read_to_string(from.join("memory-ranges")).unwrap(), "memory");
+
+        // Of a shim that was killed in the middle.
+        std::mem::forget(Links::make(&spec, Path::new("/run/pod/vsock"), &from).unwrap());
+        assert!(at.exists());
+        drop(Links::make(&spec, Path::new("/run/pod/vsock"), &from).unwrap());
+        assert!(!at.exists());
+        symlink(&from, &at).unwrap();
+        remove_leftovers(dir.path()).unwrap();
+        remove_leftovers(dir.path()).unwrap();
+        assert!(fs::symlink_metadata(&at).is_err());
         assert_eq!(fs::read_to_string(from.join("memory-ranges")).unwrap(), "memory");
 
         fs::write(from.join(CONFIG), "{").unwrap();
