@@ -36,7 +36,8 @@ impl CloneRoot {
         let dir = PathBuf::from(&mount.source);
         let has = |name| mount.options.iter().any(|option| option == name);
         let bound = mount.fstype == "bind" || has("bind") || has("rbind");
-        (bound && !has("ro") && dir.is_absolute()).then_some(Self::Copied(dir))
+        // A snapshotter says that it can be written to. A directory of the user's own, which nobody says that of, is no copy.
+        (bound && has("rw") && !has("ro") && dir.is_absolute()).then_some(Self::Copied(dir))
     }
 
     /// What the container writes to.
@@ -45,6 +46,24 @@ impl CloneRoot {
         match self {
             Self::Layered(overlay) => &overlay.upper,
             Self::Copied(dir) => dir,
+        }
+    }
+
+    /// Marks it as one in which a container is being started, in whatever way that is: nothing that is written to it from now
+    /// on may be taken back. Of layers, what was written is seen.
+    ///
+    /// # Errors
+    /// Where it could be marked and was not.
+    pub fn mark(&self) -> io::Result<()> {
+        match self {
+            Self::Layered(_) => Ok(()),
+            Self::Copied(dir) => match xattr::set(dir, USED, b"y") {
+                // Neither can it be claimed then.
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+                // Nor is there anything that a container could write.
+                Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => Ok(()),
+                outcome => outcome,
+            },
         }
     }
 
@@ -108,11 +127,12 @@ mod tests {
         };
         let copied = CloneRoot::of(&[bind("/native/3", &["rw", "rbind"])]);
         assert_eq!(copied, Some(CloneRoot::Copied("/native/3".into())));
-        let none: [&[RootMount]; 4] = [
+        let none: [&[RootMount]; 5] = [
             &[],
+            &[bind("/home/root", &["rbind"])],
             &[bind("/native/3", &["ro", "rbind"])],
             &[bind("native/3", &["rw", "rbind"])],
-            &[RootMount { fstype: "erofs".into(), ..bind("/native/3", &[]) }],
+            &[RootMount { fstype: "erofs".into(), ..bind("/native/3", &["rw"]) }],
         ];
         for mounts in none {
             assert_eq!(CloneRoot::of(mounts), None, "{mounts:?}");

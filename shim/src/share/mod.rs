@@ -53,6 +53,15 @@ pub enum ShareError {
         #[source]
         source: nix::Error,
     },
+    /// A copy of an image, to which a container is about to write.
+    #[error("cannot mark the root file system of container {container:?} as used")]
+    Mark {
+        /// Whose.
+        container: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// A mount that containerd asked for.
     #[error("cannot mount the root file system of container {container:?}")]
     Root {
@@ -158,7 +167,7 @@ impl Share {
     }
 
     /// Mounts a container's root from containerd's mounts, not yet where the guest would see it: in the directory `home`.
-    /// One at a time.
+    /// One at a time. From now on a copy of an image is one that was used, whoever else looked at it, or did not.
     ///
     /// # Errors
     /// Where a mount fails.
@@ -171,6 +180,8 @@ impl Share {
         let assembly = Assembly { share: self, container, home };
         let root = assembly.root();
         fs::create_dir_all(&root).map_err(|source| ShareError::Create { path: root.clone(), source })?;
+        let marked = CloneRoot::of(mounts).map_or(Ok(()), |root| root.mark());
+        marked.map_err(|source| ShareError::Mark { container: container.into(), source })?;
         for m in mounts {
             m.mount(&root).map_err(|source| ShareError::Root { container: container.into(), source })?;
         }
@@ -292,5 +303,35 @@ fn remove_empty(home: &Path) {
     }
     for dir in [&staged, &home.join(ROOT), home] {
         let _ = fs::remove_dir(dir);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Without a look for a snapshot, as where that is off or fails.
+    #[test]
+    fn every_copy_of_an_image_is_marked_and_no_directory_of_the_user_s() {
+        if !nix::unistd::geteuid().is_root() {
+            return chsnap_test_skip::skip("only root may set an attribute of the host's own");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let place = |name: &str| dir.path().join(name);
+        let share = Share { dir: place("share"), workshop: place("new") };
+        for name in ["share", "copy", "own"] {
+            fs::create_dir(place(name)).unwrap();
+        }
+        let root = |name: &str, options: &[&str]| RootMount {
+            fstype: "bind".into(),
+            source: place(name).display().to_string(),
+            options: options.iter().map(ToString::to_string).collect(),
+        };
+        let copy = CloneRoot::of(&[root("copy", &["rw", "rbind"])]).unwrap();
+        // Whether the mount works here is another matter.
+        drop(share.assemble("web", "web", &[root("copy", &["rw", "rbind"])]));
+        drop(share.assemble("web", "web", &[root("own", &["rbind"])]));
+        assert!(!copy.claim().unwrap(), "the next start would take it for a fresh one");
+        assert_eq!(xattr::list(place("own")).unwrap().filter(|name| name == clone::USED).count(), 0);
     }
 }
