@@ -4,11 +4,14 @@ use std::{
     fs::{self, File},
     io,
     io::Write,
-    os::unix::fs::MetadataExt,
-    path::Path,
+    os::{
+        fd::AsRawFd,
+        unix::fs::{MetadataExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
 };
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, OFlag};
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 
@@ -71,13 +74,60 @@ pub(crate) fn disk_usage(dir: &Path) -> u64 {
     bytes.sum()
 }
 
-/// Removes everything in a directory, and follows no link.
+/// Removes a directory and everything in it, and follows no link.
+pub(crate) fn remove_tree(dir: &Path) -> io::Result<()> {
+    empty(dir)?;
+    fs::remove_dir(dir)
+}
+
+/// Removes everything in a directory, and follows no link. However deep its directories are: a guest's may be deeper than
+/// there are descriptors, or bytes in a path. What is in one of them is moved up beside it before it is removed.
 pub(crate) fn empty(dir: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(dir)? {
-        let path = entry?.path();
-        if fs::symlink_metadata(&path)?.is_dir() { fs::remove_dir_all(&path)? } else { fs::remove_file(&path)? }
+    let (_open, top) = opened(dir)?;
+    let mut moved = 0_u64;
+    loop {
+        let mut found = false;
+        for entry in fs::read_dir(&top)? {
+            let entry = entry?;
+            found = true;
+            if !entry.file_type()?.is_dir() {
+                fs::remove_file(entry.path())?;
+                continue;
+            }
+            let (_open, below) = opened(&entry.path())?;
+            for entry in fs::read_dir(&below)? {
+                let entry = entry?;
+                if entry.file_type()?.is_dir() {
+                    move_up(&entry.path(), &top, &mut moved)?
+                } else {
+                    fs::remove_file(entry.path())?
+                }
+            }
+            fs::remove_dir(entry.path())?;
+        }
+        if !found {
+            return Ok(());
+        }
     }
-    Ok(())
+}
+
+/// Under a name that nothing else has there. One that is empty may be in the way, and goes.
+fn move_up(dir: &Path, top: &Path, moved: &mut u64) -> io::Result<()> {
+    loop {
+        *moved += 1;
+        match fs::rename(dir, top.join(format!("{moved}"))) {
+            Err(error) if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotADirectory) => {}
+            outcome => return outcome,
+        }
+    }
+}
+
+/// The directory, if it is one, and a path of it that stays the same one and short.
+fn opened(dir: &Path) -> io::Result<(File, PathBuf)> {
+    let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
+    let open = fs::OpenOptions::new().read(true).custom_flags(flags.bits()).open(dir)?;
+    let path = format!("/proc/self/fd/{}", open.as_raw_fd()).into();
+    Ok((open, path))
 }
 
 #[cfg(test)]
@@ -97,5 +147,35 @@ mod tests {
         assert_ne!(Identity::of(&path).unwrap(), one);
         assert!(replace(&dir.path().join("none/file"), b"").is_err());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    /// More than a process may have open by default, and than a path may have bytes.
+    #[test]
+    fn a_tree_of_any_depth_is_removed_and_no_link_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (kept, tree) = (dir.path().join("kept"), dir.path().join("tree"));
+        fs::create_dir(&kept).unwrap();
+        fs::write(kept.join("file"), "").unwrap();
+        fs::create_dir(&tree).unwrap();
+        // From the inside to the outside, since a path to the innermost would be too long.
+        let inner = dir.path().join("inner");
+        fs::create_dir(&inner).unwrap();
+        for number in 0..3000 {
+            fs::write(inner.join("file"), "").unwrap();
+            // A name that is given to what is moved up.
+            let next = dir.path().join("next");
+            fs::create_dir(&next).unwrap();
+            fs::rename(&inner, next.join(format!("{}", number % 3))).unwrap();
+            fs::rename(&next, &inner).unwrap();
+        }
+        fs::rename(&inner, tree.join("2")).unwrap();
+        fs::create_dir_all(tree.join("1/full")).unwrap();
+        fs::write(tree.join("3"), "").unwrap();
+        std::os::unix::fs::symlink(&kept, tree.join("link")).unwrap();
+        std::os::unix::fs::symlink(&kept, tree.join("1/link")).unwrap();
+        remove_tree(&tree).unwrap();
+        assert!(!tree.exists() && kept.join("file").exists());
+        std::os::unix::fs::symlink(&kept, &tree).unwrap();
+        assert!(remove_tree(&tree).is_err() && kept.join("file").exists());
     }
 }

@@ -24,6 +24,8 @@ use nix::{
 };
 use thiserror::Error;
 
+use crate::files;
+
 const OVERLAY: &[u8] = b"trusted.overlay.";
 const OPAQUE: &str = "trusted.overlay.opaque";
 /// Of what stands in another place, or only half in this one.
@@ -131,7 +133,7 @@ impl Graft {
 /// Whatever has that name; nothing, where nothing has.
 fn remove(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path) {
-        Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),
+        Ok(meta) if meta.is_dir() => files::remove_tree(path),
         Ok(_) => fs::remove_file(path),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),

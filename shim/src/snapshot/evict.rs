@@ -11,6 +11,7 @@ use super::{
     EvictError, Key, ListError, Store,
     store::{NEW, OLD, is_still, lock},
 };
+use crate::{files, task::chain};
 
 /// Of one key, snapshots on their way out at once.
 const MOST: u32 = 16;
@@ -22,6 +23,22 @@ pub struct Evicted {
     pub key: Key,
     /// What that gave back.
     pub bytes: u64,
+}
+
+/// What came of a pruning.
+#[derive(Debug, Default)]
+pub struct Pruned {
+    /// Those that were removed.
+    pub evicted: Vec<Evicted>,
+    /// What should have been, and stays.
+    pub stayed: Vec<EvictError>,
+}
+
+impl Pruned {
+    /// For those whom nobody asks.
+    pub fn log(&self) {
+        self.stayed.iter().for_each(|error| log::warn!("{}", chain(error)));
+    }
 }
 
 impl Store {
@@ -42,7 +59,7 @@ impl Store {
             Err(error) => return Err(failed(&dir, error)),
         };
         let old = self.set_aside(&dir, key).map_err(|error| failed(&dir, error))?;
-        fs::remove_dir_all(&old).map_err(|error| failed(&old, error))?;
+        files::remove_tree(&old).map_err(|error| failed(&old, error))?;
         drop(locked);
         Ok(())
     }
@@ -50,7 +67,10 @@ impl Store {
     /// Has it out of the way, and removed once nobody uses it any more; there may be none.
     pub(super) fn displace(&self, key: &Key) -> io::Result<()> {
         match self.set_aside(&self.root.join(key.as_str()), key) {
-            Ok(old) => self.sweep_one(&old),
+            Ok(old) => {
+                self.sweep_or_log(&old);
+                Ok(())
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(error),
         }
@@ -62,11 +82,15 @@ impl Store {
         let mut taken = io::Error::from(io::ErrorKind::AlreadyExists);
         for number in 0..MOST {
             let old = self.root.join(format!("{OLD}{key}-{number}"));
-            // Of one that was killed over the same.
-            self.sweep_one(&old)?;
+            // Of one that was killed over the same. Where it stays, there are further numbers.
+            self.sweep_or_log(&old);
             match fs::rename(dir, &old) {
                 Ok(()) => return Ok(old),
-                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => taken = error,
+                Err(error)
+                    if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotADirectory) =>
+                {
+                    taken = error
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -74,58 +98,67 @@ impl Store {
     }
 
     /// Removes those that were not used for longest until the rest has at most `budget` bytes, and what killed
-    /// processes left. Those in use stay.
+    /// processes left. Those in use stay. What cannot be removed keeps nothing else from being removed.
     ///
     /// # Errors
     /// Where the store cannot be listed.
-    pub fn prune(&self, budget: u64) -> Result<Vec<Evicted>, ListError> {
-        self.sweep().map_err(|source| ListError { path: self.root.clone(), source })?;
+    pub fn prune(&self, budget: u64) -> Result<Pruned, ListError> {
+        let mut pruned = Pruned { stayed: self.sweep()?, ..Pruned::default() };
         let mut entries = self.list()?;
         let mut total: u64 = entries.iter().map(|entry| entry.bytes).sum();
-        let mut evicted = Vec::new();
         while total > budget
             && let Some(entry) = entries.pop()
         {
             match self.remove(&entry.key) {
                 Ok(()) => {
                     total -= entry.bytes;
-                    evicted.push(Evicted { key: entry.key, bytes: entry.bytes });
+                    pruned.evicted.push(Evicted { key: entry.key, bytes: entry.bytes });
                 }
                 // Another prunes as well.
                 Err(EvictError::Missing { .. }) => total -= entry.bytes,
                 Err(EvictError::InUse { .. }) => {}
-                Err(error @ EvictError::Io { .. }) => log::warn!("snapshot {}: {error}", entry.key.short()),
+                Err(error @ EvictError::Io { .. }) => pruned.stayed.push(error),
             }
         }
-        Ok(evicted)
+        Ok(pruned)
     }
 
     /// Keeps the budget.
     ///
     /// # Errors
     /// Where the store cannot be listed.
-    pub fn keep_budget(&self) -> Result<Vec<Evicted>, ListError> {
+    pub fn keep_budget(&self) -> Result<Pruned, ListError> {
         self.prune(self.budget)
     }
 
-    /// Removes what processes left that were killed.
+    /// Removes what processes left that were killed, and tells what of it stays.
     ///
     /// # Errors
-    /// Where something cannot be removed.
-    pub fn sweep(&self) -> io::Result<()> {
-        for entry in fs::read_dir(&self.root)? {
-            let entry = entry?;
-            let name = entry.file_name();
-            if [NEW, OLD].iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {
-                self.sweep_one(&entry.path())?;
+    /// Where the store cannot be listed.
+    pub fn sweep(&self) -> Result<Vec<EvictError>, ListError> {
+        let failed = |source| ListError { path: self.root.clone(), source };
+        let mut stayed = Vec::new();
+        for entry in fs::read_dir(&self.root).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let (name, path) = (entry.file_name(), entry.path());
+            if [NEW, OLD].iter().any(|prefix| name.to_string_lossy().starts_with(prefix))
+                && let Err(source) = self.sweep_one(&path)
+            {
+                stayed.push(EvictError::Io { path, source });
             }
         }
-        Ok(())
+        Ok(stayed)
+    }
+
+    fn sweep_or_log(&self, dir: &Path) {
+        if let Err(source) = self.sweep_one(dir) {
+            log::warn!("{}", chain(&EvictError::Io { path: dir.into(), source }));
+        }
     }
 
     fn sweep_one(&self, dir: &Path) -> io::Result<()> {
         match lock(dir, FlockArg::LockExclusiveNonblock) {
-            Ok(Some(locked)) if is_still(dir, &locked) => match fs::remove_dir_all(dir) {
+            Ok(Some(locked)) if is_still(dir, &locked) => match files::remove_tree(dir) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
                 _ => Ok(()),
             },

@@ -24,7 +24,7 @@ pub(crate) use tree::take_stock as stock_of;
 
 pub(crate) use digest::{of_bytes as digest_of_bytes, of_file as digest_of};
 pub use error::{BuildError, EvictError, FindError, ListError, OpenError};
-pub use evict::Evicted;
+pub use evict::{Evicted, Pruned};
 pub use host::{InputsError, Machine};
 pub use key::{Inputs, Key, Kind, Process, VmmBuild};
 pub use ladder::{Failure, Footing, Ladder, Outcome};

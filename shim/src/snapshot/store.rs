@@ -270,7 +270,7 @@ impl Building {
     fn make_room(&self, bytes: u64) -> Result<(), BuildError> {
         let store = Store { root: self.root.clone(), budget: self.budget };
         let failed = |error: ListError| BuildError::Io { path: error.path, source: error.source };
-        store.prune(self.budget.saturating_sub(bytes)).map_err(failed)?;
+        store.prune(self.budget.saturating_sub(bytes)).map_err(failed)?.log();
         let in_use: u64 = store.list().map_err(failed)?.iter().map(|entry| entry.bytes).sum();
         match in_use + bytes <= self.budget {
             true => Ok(()),
@@ -283,7 +283,7 @@ impl Drop for Building {
     fn drop(&mut self) {
         // Locked until it is gone: published, it is no longer ours.
         if let Some(_lock) = self.lock.take()
-            && let Err(error) = fs::remove_dir_all(&self.dir)
+            && let Err(error) = files::remove_tree(&self.dir)
         {
             log::warn!("cannot remove {:?}: {error}", self.dir);
         }

@@ -104,7 +104,7 @@ fn what_killed_processes_left_is_never_found_and_removed_by_the_next() {
     let building = store.build(of(2)).unwrap();
     assert_eq!(fs::read_dir(building.dir()).unwrap().count(), 0);
     // One that is alive is left alone.
-    assert!(store.prune(PLENTY).unwrap().is_empty());
+    assert!(store.prune(PLENTY).unwrap().evicted.is_empty());
     assert_eq!(names(&store), BTreeSet::from([key.to_string(), format!(".new-{}", of(2).key())]));
     drop(building);
     let half_gone = store.root.join(format!(".old-{key}-0"));
@@ -127,11 +127,11 @@ fn one_in_use_stays_and_the_longest_unused_goes_first() {
     let in_use = store.find(&keys[0]).unwrap().unwrap();
     unused_for(&store, &keys[0], 400);
     assert!(matches!(store.remove(&keys[0]), Err(EvictError::InUse { .. })));
-    let evicted = store.prune(2 * each).unwrap();
+    let evicted = store.prune(2 * each).unwrap().evicted;
     assert_eq!(evicted.iter().map(|evicted| &evicted.key).collect::<Vec<_>>(), [&keys[2], &keys[3]]);
-    assert_eq!(store.prune(0).unwrap().len(), 1);
+    assert_eq!(store.prune(0).unwrap().evicted.len(), 1);
     drop(in_use);
-    assert_eq!(store.prune(0).unwrap().len(), 1);
+    assert_eq!(store.prune(0).unwrap().evicted.len(), 1);
     assert!(matches!(store.remove(&keys[0]), Err(EvictError::Missing { .. })));
     assert!(names(&store).is_empty());
 }
@@ -259,6 +259,25 @@ fn a_store_that_others_could_write_is_refused() {
     assert_eq!(fs::metadata(&store.root).unwrap().permissions().mode() & 0o777, 0o700);
     fs::write(store.root.join("file"), "").unwrap();
     assert!(matches!(Store::open(&store.root.join("file"), PLENTY), Err(OpenError::Io { .. })));
+}
+
+/// A file, where a directory is expected, is not removed by anybody.
+#[test]
+fn what_cannot_be_removed_is_told_and_holds_up_nothing() {
+    let (_dir, store) = store(PLENTY);
+    let (one, two) = (published(&store, 1), published(&store, 2));
+    let stuck = [format!(".new-{}", of(9).key()), format!(".old-{one}-0")];
+    stuck.iter().for_each(|name| fs::write(store.root.join(name), "").unwrap());
+    let left = store.root.join(format!(".old-{two}-0"));
+    fs::create_dir(&left).unwrap();
+    store.remove(&one).unwrap();
+    let pruned = store.prune(0).unwrap();
+    assert_eq!(pruned.evicted.iter().map(|evicted| &evicted.key).collect::<Vec<_>>(), [&two]);
+    assert_eq!(pruned.stayed.len(), 2, "{pruned:?}");
+    assert!(!left.exists());
+    let key = published(&store, 1);
+    assert!(store.find(&key).unwrap().is_some());
+    assert_eq!(names(&store), stuck.into_iter().chain([key.to_string()]).collect());
 }
 
 /// Locks belong to open files, so threads are to each other what processes are.

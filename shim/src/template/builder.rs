@@ -64,8 +64,11 @@ pub(super) fn clear_away(config: &Config) {
         dir.remove_of_dying();
     }
     let swept = Store::open(&config.snapshot.dir, config.snapshot.budget.as_bytes()).map(|store| store.sweep());
-    if let Ok(Err(error)) = swept {
-        log::warn!("what a builder has left stays: {error}");
+    match swept {
+        Ok(Ok(stayed)) => stayed.iter().for_each(|error| log::warn!("{}", chain(error))),
+        Ok(Err(error)) => log::warn!("what a builder has left stays: {}", chain(&error)),
+        // Nothing is left where nothing can be.
+        Err(_) => {}
     }
 }
 
@@ -86,8 +89,9 @@ async fn build_on(
         None => base,
         Some((image, named)) => workshop.image(image, named, (rung, &refusals), &mut scout, tell).await?,
     };
-    if let Err(error) = workshop.store.keep_budget() {
-        tell(&format!("the store's budget is not kept: {}", chain(&error)));
+    match workshop.store.keep_budget() {
+        Ok(pruned) => pruned.stayed.iter().for_each(|error| tell(&chain(error))),
+        Err(error) => tell(&format!("the store's budget is not kept: {}", chain(&error))),
     }
     Ok(built)
 }

@@ -19,6 +19,7 @@ use super::{
 use crate::{
     agent::AgentError,
     config::{Config, VmmConfig},
+    files,
     origin::{OriginError, Place},
     program::Scout,
     sandbox::{
@@ -347,7 +348,7 @@ fn directory(path: &Path, like: Option<&PathBuf>) -> Result<(), ProcessError> {
 }
 
 fn remove(path: &Path) -> Result<(), ProcessError> {
-    fs::remove_dir_all(path).map_err(|source| ProcessError::Scratch { path: path.into(), source })
+    files::remove_tree(path).map_err(|source| ProcessError::Scratch { path: path.into(), source })
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::{
 
 use chsnap::{
     config::{Config, Overrides, Ready, Shape, Size},
-    snapshot::{Entry, Key, Manifest, Store},
+    snapshot::{Entry, Key, Manifest, Pruned, Store},
     task::chain,
     template::{self, Ahead, Built, Order, StandIn},
 };
@@ -268,7 +268,7 @@ fn each(some: &Several, done: &str, what: Deed) -> Outcome {
 
 fn prune(prune: &Prune) -> Outcome {
     let (store, budget) = open(&prune.args)?;
-    let evicted = store.prune(prune.budget.unwrap_or(budget).as_bytes())?;
+    let Pruned { evicted, stayed } = store.prune(prune.budget.unwrap_or(budget).as_bytes())?;
     if prune.args.json {
         let rows: Vec<_> =
             evicted.iter().map(|one| serde_json::json!({ "key": one.key, "bytes": one.bytes })).collect();
@@ -277,7 +277,8 @@ fn prune(prune: &Prune) -> Outcome {
         evicted.iter().for_each(|one| println!("{}: removed, {}", one.key.short(), mib(one.bytes)));
         println!("{} removed in {} snapshots", mib(evicted.iter().map(|one| one.bytes).sum()), evicted.len());
     }
-    Ok(ExitCode::SUCCESS)
+    stayed.iter().for_each(|error| eprintln!("chsnap: {}", chain(error)));
+    Ok(if stayed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// In the foreground: progress on stderr, the key on stdout.
