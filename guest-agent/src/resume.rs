@@ -60,10 +60,21 @@ pub fn resume(request: &ResumeRequest, arrived_ns: u64) -> Result<(), ResumeErro
     sys::add_entropy(&request.entropy).map_err(ResumeError::Entropy)?;
     // What is added is mixed in with the next seed, and that may be minutes away.
     sys::reseed().map_err(ResumeError::Reseed)?;
-    let since = i64::try_from(clock::boot_ns().saturating_sub(arrived_ns)).unwrap_or(0);
-    clock::set_wall_ns(request.wall_clock_ns.saturating_add(since)).map_err(ResumeError::Clock)?;
+    set_clock(request.wall_clock_ns, arrived_ns)?;
     write_epoch(Path::new(PUBLIC_DIR), &request.epoch)?;
     if request.mount_share { mount_share() } else { Ok(()) }
+}
+
+/// Sets the wall clock to what it was on the host when the request was sent, and what has gone by since it came.
+///
+/// # Errors
+/// Where there is none in the request, or the kernel refuses.
+pub fn set_clock(wall_clock_ns: i64, arrived_ns: u64) -> Result<(), ResumeError> {
+    if wall_clock_ns <= 0 {
+        return Err(ResumeError::NoClock);
+    }
+    let since = i64::try_from(clock::boot_ns().saturating_sub(arrived_ns)).unwrap_or(0);
+    clock::set_wall_ns(wall_clock_ns.saturating_add(since)).map_err(ResumeError::Clock)
 }
 
 /// Gives a machine that booted an epoch.

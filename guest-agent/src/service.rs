@@ -18,7 +18,7 @@ use chsnap_protocol::{
     agent::{
         AdoptRequest, AwaitReadyRequest, ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest,
         CreateProcessResponse, Empty, FreezeRequest, InfoRequest, InfoResponse, ListPidsResponse, ProcessRef,
-        ReadStreamRequest, ReadStreamResponse, ResizeTerminalRequest, ResumeRequest, ResumeResponse,
+        ReadStreamRequest, ReadStreamResponse, ResizeTerminalRequest, ResumeRequest, ResumeResponse, SetClockRequest,
         SignalProcessRequest, StartProcessResponse, StatsResponse, StreamRef, WaitOomRequest, WaitOomResponse,
         WaitProcessResponse, WriteStreamRequest,
     },
@@ -98,6 +98,11 @@ impl Agent for Service {
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Answer<ResumeResponse> {
         resume::resume(&request, clock::boot_ns()).map_err(refuse)?;
         // What the request's way took is missing in it, which only the host can judge.
+        Ok(ResumeResponse { wall_clock_ns: clock::wall_ns(), ..Default::default() })
+    }
+
+    async fn set_clock(&self, _: &TtrpcContext, request: SetClockRequest) -> Answer<ResumeResponse> {
+        resume::set_clock(request.wall_clock_ns, clock::boot_ns()).map_err(refuse)?;
         Ok(ResumeResponse { wall_clock_ns: clock::wall_ns(), ..Default::default() })
     }
 

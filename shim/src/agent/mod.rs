@@ -10,8 +10,8 @@ use chsnap_protocol::{
     agent::{
         AdoptRequest, AwaitReadyRequest, ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest,
         CreateProcessResponse, Empty, FreezeRequest, HttpProbe, InfoRequest, InfoResponse, ProcessRef,
-        ReadStreamRequest, ResizeTerminalRequest, ResumeRequest, SignalProcessRequest, StatsResponse, Stdio, StreamRef,
-        WaitOomRequest, WaitProcessResponse, WriteStreamRequest, await_ready_request::Sign,
+        ReadStreamRequest, ResizeTerminalRequest, ResumeRequest, SetClockRequest, SignalProcessRequest, StatsResponse,
+        Stdio, StreamRef, WaitOomRequest, WaitProcessResponse, WriteStreamRequest, await_ready_request::Sign,
     },
     agent_ttrpc::AgentClient,
     session,
@@ -21,10 +21,12 @@ use ttrpc::{asynchronous::transport::Socket, context::Context};
 
 use crate::{config::Ready, vmm::Channel};
 
+mod clock;
 mod error;
 mod fresh;
 mod pump;
 
+use clock::{Clock, TRIES as CLOCK_TRIES};
 pub use error::AgentError;
 use error::failed;
 pub use fresh::Fresh;
@@ -93,8 +95,28 @@ impl Agent {
         let Fresh { entropy, epoch } = fresh;
         let mut request = ResumeRequest { entropy, epoch, mount_share, ..Default::default() };
         // Last of all, since it is late from now on.
-        request.wall_clock_ns = now_ns();
-        ask!(self, "Resume", resume(request)).await.map(drop)
+        let mut asked = now_ns();
+        request.wall_clock_ns = asked;
+        let mut guest = ask!(self, "Resume", resume(request)).await?.wall_clock_ns;
+        let mut clock = Clock::seen(asked, guest, now_ns());
+        for _ in 0..CLOCK_TRIES {
+            match clock {
+                Clock::Right => return Ok(()),
+                Clock::Wrong => break,
+                Clock::Late => {}
+            }
+            asked = now_ns();
+            let request = SetClockRequest { wall_clock_ns: asked, ..Default::default() };
+            guest = ask!(self, "SetClock", set_clock(request)).await?.wall_clock_ns;
+            clock = Clock::seen(asked, guest, now_ns());
+        }
+        match clock {
+            Clock::Right => Ok(()),
+            _ => Err(AgentError::Nonsense {
+                call: "Resume",
+                what: format!("a clock that is {} ms off", (guest - now_ns()) / 1_000_000),
+            }),
+        }
     }
 
     /// Makes a container. `spec_json` as in `agent.proto`.

@@ -115,8 +115,9 @@ impl Plan {
         let mut env = process.env().clone().unwrap_or_default();
         let python = format!("{PUBLIC_MOUNT}/{PYTHON_DIR}");
         match env.iter_mut().find(|variable| variable.starts_with("PYTHONPATH=")) {
-            Some(path) if path.ends_with(&python) => {}
-            Some(path) => *path = format!("{path}:{python}"),
+            Some(path) if path.contains(&python) => {}
+            // Before the image's own: what is customised there is done as well, from ours.
+            Some(path) => *path = path.replacen('=', &format!("={python}:"), 1),
             None => env.push(format!("PYTHONPATH={python}")),
         }
         if *ready == Ready::Notify {

@@ -83,7 +83,7 @@ fn a_process_that_can_be_saved_finds_what_it_needs_once() {
     assert_eq!(env(&plan.with_ready(None)), ["PYTHONPATH=/app"]);
     let plan = Plan::of("web", spec(|v| v["process"]["env"] = json!(["PYTHONPATH=/app"]))).unwrap();
     let plan = plan.with_ready(Some(&Ready::Notify));
-    let expected = ["PYTHONPATH=/app:/dev/chsnap/python", "NOTIFY_SOCKET=/dev/chsnap/notify"];
+    let expected = ["PYTHONPATH=/dev/chsnap/python:/app", "NOTIFY_SOCKET=/dev/chsnap/notify"];
     assert_eq!(env(&plan), expected);
     assert_eq!(env(&plan.with_ready(Some(&Ready::Notify))), expected);
 }
