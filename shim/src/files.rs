@@ -11,7 +11,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg, OFlag},
+    unistd::{Whence, lseek},
+};
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 
@@ -61,6 +65,29 @@ pub(crate) fn replace(path: &Path, contents: &[u8]) -> io::Result<()> {
 /// Has the directory to itself among those who ask for that, until the lock is dropped.
 pub(crate) fn lock_dir(dir: &Path) -> io::Result<Flock<File>> {
     Flock::lock(File::open(dir)?, FlockArg::LockExclusive).map_err(|(_, error)| error.into())
+}
+
+/// The first place from `at` on that is in no hole; `None` where there is none before `length`, the file's.
+pub(crate) fn next_data(file: &File, at: u64, length: u64) -> io::Result<Option<u64>> {
+    // A file system that does not tell holes has none.
+    Ok(Some(seek(file, at, length, Whence::SeekData)?.unwrap_or(at)).filter(|found| *found < length))
+}
+
+/// The first place from `at` on that is in a hole; the end of the file, where there is none.
+pub(crate) fn next_hole(file: &File, at: u64, length: u64) -> io::Result<u64> {
+    Ok(seek(file, at, length, Whence::SeekHole)?.unwrap_or(length).min(length))
+}
+
+fn seek(file: &File, at: u64, length: u64, whence: Whence) -> io::Result<Option<u64>> {
+    if at >= length {
+        return Ok(Some(length));
+    }
+    match lseek(file, i64::try_from(at).map_err(io::Error::other)?, whence) {
+        Ok(found) => Ok(u64::try_from(found).ok()),
+        Err(Errno::ENXIO) => Ok(Some(length)),
+        Err(Errno::EINVAL) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Bytes on the disk of everything in a directory.

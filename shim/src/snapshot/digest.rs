@@ -3,11 +3,9 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 
-use nix::{
-    errno::Errno,
-    unistd::{Whence, lseek},
-};
 use sha2::{Digest, Sha256};
+
+use crate::files::next_data;
 
 /// Blocks of nothing but zeros are left out.
 const BLOCK: u64 = 64 << 10;
@@ -37,21 +35,6 @@ pub fn of_file(path: &Path) -> io::Result<String> {
         at += BLOCK;
     }
     Ok(hex(&hash.finalize()))
-}
-
-/// The first place from `at` on that is in no hole.
-fn next_data(file: &File, at: u64, length: u64) -> io::Result<Option<u64>> {
-    if at >= length {
-        return Ok(None);
-    }
-    let offset = i64::try_from(at).map_err(io::Error::other)?;
-    match lseek(file, offset, Whence::SeekData) {
-        Ok(found) => Ok(u64::try_from(found).ok().filter(|found| *found < length)),
-        Err(Errno::ENXIO) => Ok(None),
-        // A file system that does not tell holes has none.
-        Err(Errno::EINVAL) => Ok(Some(at)),
-        Err(error) => Err(error.into()),
-    }
 }
 
 /// Of bytes, in lower case.

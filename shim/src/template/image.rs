@@ -14,7 +14,9 @@ use super::{
     Built, RungError, TemplateError,
     builder::{Running, Workshop},
     climb::{Climbed, Step, climb},
-    is_lasting, told,
+    is_lasting,
+    limit::{ExcessError, within},
+    told,
 };
 use crate::{
     agent::AgentError,
@@ -67,6 +69,9 @@ pub enum ProcessError {
     /// Its layers were removed.
     #[error("a layer of the image was removed, or replaced, while the template was built")]
     Layers,
+    /// It wrote more than it may.
+    #[error(transparent)]
+    Excess(#[from] ExcessError),
     /// The guest.
     #[error("the template's guest does not start")]
     Guest(#[source] StartError),
@@ -226,7 +231,8 @@ impl Workshop<'_> {
         into: &Path,
         tell: &mut dyn FnMut(&str),
     ) -> Result<(), ProcessError> {
-        let Config { deadlines, .. } = &self.order.config;
+        let Config { deadlines, snapshot, .. } = &self.order.config;
+        let limit = snapshot.root_limit.as_bytes();
         let Blueprint { spec, ready, streams, own_env } = &image.blueprint;
         let plan = Plan::of(TEMPLATE, spec.clone())?;
         let spec = machine::spec(&self.order.config, self.order.shape(), self.ground.dir(), self.ground.cgroups());
@@ -243,13 +249,12 @@ impl Workshop<'_> {
         let running = self.start(driver, &boot, Origin::Boot).await.map_err(ProcessError::Guest)?;
         let saved = async {
             let agent = running.agent();
-            agent.create_container(TEMPLATE, container.spec_json.clone(), new.stdio.clone()).await?;
-            agent.start(TEMPLATE, "").await
+            let created = agent.create_container(TEMPLATE, container.spec_json.clone(), new.stdio.clone()).await;
+            created.map_err(ProcessError::Start)?;
+            agent.start(TEMPLATE, "").await.map_err(ProcessError::Start)?;
+            self.save(&running, image, rung, into, tell).await
         };
-        let saved = match saved.await {
-            Ok(_) => self.save(&running, image, rung, into, tell).await,
-            Err(error) => Err(ProcessError::Start(error)),
-        };
+        let saved = within(&root, limit, saved).await;
         running.end().await;
         drop(container);
         saved?;
@@ -273,10 +278,14 @@ impl Workshop<'_> {
             env: own_env.clone(),
             ..Default::default()
         };
-        let adopted = running.agent().adopt(adoption, deadlines.hooks.duration()).await;
+        let adopted = async {
+            let adopted = running.agent().adopt(adoption, deadlines.hooks.duration()).await;
+            adopted.map_err(|error| ProcessError::Trial(StartError::Adopt(error)))
+        };
+        let adopted = within(&upper, limit, adopted).await;
         running.end().await;
         drop(container);
-        adopted.map_err(|error| ProcessError::Trial(StartError::Adopt(error)))?;
+        adopted?;
         tell(&format!("{rung}: {ready} came, and a clone works"));
         remove(&trial)
     }
@@ -322,7 +331,7 @@ impl Drop for Placed<'_> {
 }
 
 /// Whether containerd has said that there is no image, and not just failed to name one.
-fn is_of_no_image(error: &TemplateError) -> bool {
+pub(super) fn is_of_no_image(error: &TemplateError) -> bool {
     matches!(error, TemplateError::Origin(OriginError::NoImage { .. }))
 }
 
@@ -349,64 +358,4 @@ fn directory(path: &Path, like: Option<&PathBuf>) -> Result<(), ProcessError> {
 
 fn remove(path: &Path) -> Result<(), ProcessError> {
     files::remove_tree(path).map_err(|source| ProcessError::Scratch { path: path.into(), source })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{
-        origin::testing::{CHAIN_ID, client, place},
-        template::{Order, build},
-    };
-
-    /// For a pod `container` whose root consists of `lowers`, in whose place nothing more than containerd is there.
-    fn order(dir: &Path, client: &Path, container: &str, lowers: &[PathBuf]) -> Order {
-        let mut config = Config::default();
-        config.snapshot.dir = dir.join("snapshots");
-        config.state.dir = dir.join("state");
-        config.snapshot.ctr = client.into();
-        // Nothing is built: there is no place for a builder.
-        config.snapshot.builders = 0;
-        let streams = serde_json::json!({ "stdin": false, "stdout": true, "stderr": true, "terminal": false });
-        let blueprint = serde_json::json!({
-            "spec": { "ociVersion": "1.0.2" }, "ready": "notify", "streams": streams, "own_env": [],
-        });
-        let blueprint = serde_json::from_value(blueprint).unwrap();
-        let image = Some(ImageOrder { blueprint, lowers: Some(lowers.to_vec()), place: place(container) });
-        Order { config, vcpus: 1, memory_mib: 256, beside: true, image }
-    }
-
-    #[tokio::test]
-    async fn an_image_is_named_before_anything_is_built_and_by_its_own_layers_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let layer = |name: &str| dir.path().join(name);
-        let (one, two) = (vec![layer("2"), layer("1")], vec![layer("3")]);
-        one.iter().chain(&two).for_each(|layer| fs::create_dir(layer).unwrap());
-        let web = client(dir.path(), CHAIN_ID, &one);
-        let known = |order: &Order, lowers: &[PathBuf]| {
-            Layers::load(&order.config.snapshot.dir).chain_id(lowers).map(str::to_owned)
-        };
-        // The pod had other layers: its name is another's by now.
-        let other = order(dir.path(), &web, "web", &two);
-        assert!(matches!(build(&other, &mut |_| ()).await, Err(TemplateError::Busy(0))));
-        assert_eq!((known(&other, &two), known(&other, &one)), (None, None));
-        let order = order(dir.path(), &web, "web", &one);
-        assert!(matches!(build(&order, &mut |_| ()).await, Err(TemplateError::Busy(0))));
-        assert_eq!(known(&order, &one).as_deref(), Some(CHAIN_ID));
-    }
-
-    #[tokio::test]
-    async fn only_a_root_of_no_image_is_remembered_as_one() {
-        let dir = tempfile::tempdir().unwrap();
-        let lowers = [dir.path().to_owned()];
-        let web = client(dir.path(), "", &lowers);
-        for (container, layers, expected) in
-            [("web", &lowers[..], true), ("gone", &lowers[..], false), ("web", &[PathBuf::from("/other")][..], false)]
-        {
-            let order = order(dir.path(), &web, container, layers);
-            let error = order.image.as_ref().unwrap().name(&order.config).await.unwrap_err();
-            assert_eq!(is_of_no_image(&error), expected, "{container}: {}", chain(&error));
-            assert!(!is_lasting(&error));
-        }
-    }
 }

@@ -1,7 +1,8 @@
 //! Templates: guests that are started for nothing but to be saved. One is built on the fullest rung of the ladder on
 //! which what was saved can be restored again, which is tried before anybody gets to see it.
 //!
-//! `builder` builds one, `image` one with the image's process in it (`ahead` has one built for pods to come), `launch` has that done by a process of its own beside a pod, `climb` is the ladder.
+//! `builder` builds one, `image` one with the image's process in it (`limit` says how much
+//! that may write, `ahead` has one built for pods to come), `launch` has that done by a process of its own beside a pod, `climb` is the ladder.
 
 use chsnap_protocol::agent::InfoResponse;
 use serde::{Deserialize, Serialize};
@@ -21,12 +22,16 @@ mod ahead;
 mod builder;
 mod climb;
 mod image;
+#[cfg(test)]
+mod image_tests;
 mod launch;
+mod limit;
 
 pub use ahead::{Ahead, AheadError, StandIn};
 pub use builder::build;
 pub use image::{ImageOrder, ProcessError};
 pub use launch::{COMMAND, isolate, launch, serve};
+pub use limit::ExcessError;
 
 /// What is to be built.
 #[derive(Debug, Clone, Serialize, Deserialize)]
