@@ -5,15 +5,21 @@ use std::{
     ffi::OsStr,
     io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
-use tokio::process::Command;
+use tokio::{process::Command, task::spawn_blocking, time::timeout};
 
 use super::{GraftError, Overlay, RootMount, graft::graft};
 use crate::files;
 
 /// On a directory in which a container has been started.
 pub(super) const USED: &str = "trusted.chsnap.used";
+
+/// For a difference to be written: whoever waits for the container boots instead, which takes less by then.
+const BEGIN: Duration = Duration::from_secs(120);
+/// For a copy to be made anew. The root is worth nothing without.
+const TAKE_BACK: Duration = Duration::from_secs(600);
 
 /// A container's root.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,7 +92,7 @@ impl CloneRoot {
     pub async fn begin(&self, mounts: &[RootMount], difference: &Path) -> Result<Vec<RootMount>, GraftError> {
         let Self::Copied(dir) = self else { return Ok(Overlay::with(mounts, difference)) };
         let (from, to) = (difference.to_owned(), dir.clone());
-        let done = tokio::task::spawn_blocking(move || graft(&from, &to)).await;
+        let done = spawn_blocking(move || graft(&from, &to, BEGIN)).await;
         done.unwrap_or_else(|error| Err(GraftError::Io { path: dir.clone(), source: io::Error::other(error) }))?;
         Ok(mounts.to_vec())
     }
@@ -97,14 +103,21 @@ impl CloneRoot {
     /// Where something cannot be removed, or not be copied.
     pub async fn take_back(&self, image: &[PathBuf]) -> io::Result<()> {
         let (dir, [image]) = (match self {
-            Self::Layered(overlay) => return overlay.restore(),
+            Self::Layered(overlay) => {
+                let overlay = overlay.clone();
+                return spawn_blocking(move || overlay.restore()).await?;
+            }
             Self::Copied(dir) => (dir, image),
         }) else {
             return Err(io::Error::other("its image's root is not in one directory"));
         };
-        files::empty(dir)?;
+        let emptied = dir.clone();
+        spawn_blocking(move || files::empty(&emptied)).await??;
         let args: [&OsStr; 4] = ["-a".as_ref(), "--".as_ref(), image.as_ref(), dir.as_ref()];
-        let copied = Command::new("cp").arg("--reflink=auto").arg("--no-target-directory").args(args).output().await?;
+        let mut copy = Command::new("cp");
+        copy.arg("--reflink=auto").arg("--no-target-directory").args(args).kill_on_drop(true);
+        let late = |_| io::Error::other(format!("copying {image:?} took more than {} s", TAKE_BACK.as_secs()));
+        let copied = timeout(TAKE_BACK, copy.output()).await.map_err(late)??;
         match copied.status.success() {
             true => Ok(()),
             false => Err(io::Error::other(String::from_utf8_lossy(&copied.stderr).trim().to_owned())),

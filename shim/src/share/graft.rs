@@ -7,12 +7,13 @@ use std::{
     collections::BTreeMap,
     ffi::OsStr,
     fs::{self, File, Metadata},
-    io,
+    io::{self, Read, Seek, SeekFrom},
     os::unix::{
         ffi::OsStrExt,
         fs::{FileTypeExt, MetadataExt, PermissionsExt, lchown, symlink},
     },
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use nix::{
@@ -29,6 +30,8 @@ use crate::files;
 const OVERLAY: &[u8] = b"trusted.overlay.";
 const OPAQUE: &str = "trusted.overlay.opaque";
 /// Of what stands in another place, or only half in this one.
+/// Of a file, at once: the time is looked at in between.
+const PIECE: u64 = 16 << 20;
 const ELSEWHERE: [&str; 2] = ["trusted.overlay.redirect", "trusted.overlay.metacopy"];
 
 /// The directory has a part of the difference.
@@ -51,15 +54,21 @@ pub enum GraftError {
         /// What says so.
         attribute: &'static str,
     },
+    /// The disk is slow, or has other things to do.
+    #[error("the root difference was not written within {} s", patience.as_secs_f32())]
+    Late {
+        /// What it may take.
+        patience: Duration,
+    },
 }
 
-/// Writes `difference` into `onto`.
+/// Writes `difference` into `onto`, in no more time than `patience`.
 ///
 /// # Errors
 /// See [`GraftError`].
-pub fn graft(difference: &Path, onto: &Path) -> Result<(), GraftError> {
+pub fn graft(difference: &Path, onto: &Path, patience: Duration) -> Result<(), GraftError> {
     let meta = fs::symlink_metadata(difference).map_err(|source| io_error(difference, source))?;
-    Graft { links: BTreeMap::new() }.directory(difference, &meta, onto)
+    Graft { links: BTreeMap::new(), began: Instant::now(), patience }.directory(difference, &meta, onto)
 }
 
 fn io_error(path: &Path, source: io::Error) -> GraftError {
@@ -69,6 +78,8 @@ fn io_error(path: &Path, source: io::Error) -> GraftError {
 struct Graft {
     /// Where the first name of each file with several went.
     links: BTreeMap<(u64, u64), PathBuf>,
+    began: Instant,
+    patience: Duration,
 }
 
 impl Graft {
@@ -96,6 +107,7 @@ impl Graft {
     }
 
     fn entry(&mut self, from: &Path, to: &Path) -> Result<(), GraftError> {
+        self.in_time()?;
         let failed = |source| io_error(to, source);
         let meta = fs::symlink_metadata(from).map_err(|source| io_error(from, source))?;
         if meta.is_dir() {
@@ -118,8 +130,7 @@ impl Graft {
                     return Err(GraftError::Elsewhere { path: from.into(), attribute });
                 }
             }
-            let copied = File::open(from).and_then(|mut from| io::copy(&mut from, &mut File::create_new(to)?));
-            copied.map_err(failed)?;
+            self.copy(from, to)?;
         } else if of.is_symlink() {
             fs::read_link(from).and_then(|target| symlink(target, to)).map_err(failed)?;
         } else {
@@ -127,6 +138,32 @@ impl Graft {
             mknod(to, kind, Mode::empty(), meta.rdev()).map_err(|error| failed(error.into()))?;
         }
         attributes(from, &meta, to).map_err(failed)
+    }
+}
+
+impl Graft {
+    /// With its holes: a file may be longer than the disk.
+    fn copy(&self, from: &Path, to: &Path) -> Result<(), GraftError> {
+        let failed = |source| io_error(to, source);
+        let mut from = File::open(from).map_err(|source| io_error(from, source))?;
+        let length = from.metadata().map_err(failed)?.len();
+        let mut to = File::create_new(to).and_then(|to| to.set_len(length).map(|()| to)).map_err(failed)?;
+        let mut at = 0;
+        while let Some(data) = files::next_data(&from, at, length).map_err(failed)? {
+            self.in_time()?;
+            let end = files::next_hole(&from, data, length).map_err(failed)?.min(data + PIECE);
+            let piece = from.seek(SeekFrom::Start(data)).and_then(|_| to.seek(SeekFrom::Start(data)));
+            piece.and_then(|_| io::copy(&mut (&mut from).take(end - data), &mut to)).map_err(failed)?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn in_time(&self) -> Result<(), GraftError> {
+        match self.began.elapsed() < self.patience {
+            true => Ok(()),
+            false => Err(GraftError::Late { patience: self.patience }),
+        }
     }
 }
 
@@ -172,6 +209,8 @@ mod tests {
     use super::*;
     use crate::snapshot::stock_of;
 
+    const PATIENCE: Duration = Duration::from_secs(600);
+
     fn dir_with(files: &[(&str, &str)]) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         for (name, text) in files {
@@ -201,7 +240,7 @@ mod tests {
         lchown(from("b/z"), Some(7), Some(8)).unwrap();
         mknod(&from("fifo"), SFlag::S_IFIFO, Mode::S_IRWXU, 0).unwrap();
         symlink("kept", from("a/link")).unwrap();
-        graft(difference.path(), onto.path()).unwrap();
+        graft(difference.path(), onto.path(), PATIENCE).unwrap();
 
         let expected = dir_with(&[
             ("a/kept", "1"),
@@ -238,7 +277,7 @@ mod tests {
             let path = difference.path().join(name);
             utimensat(AT_FDCWD, &path, &at, &at, UtimensatFlags::NoFollowSymlink).unwrap();
         }
-        graft(difference.path(), onto.path()).unwrap();
+        graft(difference.path(), onto.path(), PATIENCE).unwrap();
         for name in ["a/c", "a"] {
             let meta = fs::metadata(onto.path().join(name)).unwrap();
             assert_eq!((meta.mtime(), meta.mtime_nsec()), (1, 2), "{name}");
@@ -246,8 +285,40 @@ mod tests {
         for (name, attribute) in [("a", ELSEWHERE[0]), ("a/c", ELSEWHERE[1])] {
             let difference = dir_with(&[("a/c", "2")]);
             xattr::set(difference.path().join(name), attribute, b"x").unwrap();
-            let error = graft(difference.path(), onto.path()).unwrap_err();
+            let error = graft(difference.path(), onto.path(), PATIENCE).unwrap_err();
             assert!(error.to_string().contains(attribute), "{error}");
         }
+    }
+
+    #[test]
+    fn holes_stay_holes() {
+        if !nix::unistd::geteuid().is_root() {
+            return chsnap_test_skip::skip("only root may read the attributes of overlayfs");
+        }
+        let (onto, difference) = (dir_with(&[]), dir_with(&[]));
+        let file = File::create(difference.path().join("sparse")).unwrap();
+        // Longer than most disks, with something in two places, one of them longer than a piece.
+        let (length, places) = (1 << 42, [(3 << 20, vec![1; 5]), (1 << 41, vec![2; PIECE as usize + 5])]);
+        file.set_len(length).unwrap();
+        for (at, bytes) in &places {
+            std::os::unix::fs::FileExt::write_all_at(&file, bytes, *at).unwrap();
+        }
+        graft(difference.path(), onto.path(), PATIENCE).unwrap();
+        let copy = File::open(onto.path().join("sparse")).unwrap();
+        let meta = copy.metadata().unwrap();
+        assert!(meta.len() == length && meta.blocks() * 512 < 2 * PIECE, "{meta:?}");
+        for (at, bytes) in &places {
+            let mut found = vec![0; bytes.len()];
+            std::os::unix::fs::FileExt::read_exact_at(&copy, &mut found, *at).unwrap();
+            assert!(found == *bytes, "{at}");
+        }
+    }
+
+    #[test]
+    fn what_takes_too_long_is_given_up() {
+        let (onto, difference) = (dir_with(&[]), dir_with(&[("a", "1")]));
+        let error = graft(difference.path(), onto.path(), Duration::ZERO).unwrap_err();
+        assert!(matches!(error, GraftError::Late { .. }), "{error}");
+        assert!(!onto.path().join("a").exists());
     }
 }
