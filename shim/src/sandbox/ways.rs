@@ -340,7 +340,7 @@ impl<'a> Search<'a> {
                 None => self.machine.base(rung, scout).await?,
             };
             let key = inputs.key();
-            match self.store.find(&key) {
+            match self.look_up(&key).await {
                 Ok(Some(snapshot)) => {
                     let vmm = VmmConfig { rung, ..overrides.vmm(&config.vmm) };
                     let driver = vmm::select(&vmm, scout).await?;
@@ -357,6 +357,14 @@ impl<'a> Search<'a> {
             (_, Some(error)) => NoSnapshot::Unusable(kind, error),
             _ => self.none_because(kind, wanted.as_ref()),
         })
+    }
+
+    /// Beside what else the shim has to do: the digests of one whose files have changed take their time.
+    async fn look_up(&self, key: &Key) -> Result<Option<InUse>, FindError> {
+        let (store, wanted) = (self.store.clone(), key.clone());
+        let found = tokio::task::spawn_blocking(move || store.find(&wanted)).await;
+        let failed = |error| FindError::Io { path: key.as_str().into(), source: io::Error::other(error) };
+        found.unwrap_or_else(|error| Err(failed(error)))
     }
 
     fn wants(&self, why: &NoSnapshot) -> bool {
