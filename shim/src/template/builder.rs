@@ -1,25 +1,22 @@
 //! Building a template: start, save, restore by way of trial, publish.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::path::Path;
 
 use chsnap_protocol::agent::InfoResponse;
 
 use super::{
     Built, Order, RungError, TemplateError,
     climb::{Climbed, Step, climb},
+    ground::Ground,
     image::{ImageOrder, Named},
     is_lasting, told,
 };
 use crate::{
     agent::Agent,
-    cgroup::Cgroup,
     config::{Config, VmmConfig},
     program::{Freshness, Scout},
     sandbox::{
-        DirError, PodDir, RootError, StartError, guest_files,
+        StartError, guest_files,
         machine::{self, Origin, Patience},
     },
     share::{self, Share, Virtiofsd, VirtiofsdProgram},
@@ -27,15 +24,6 @@ use crate::{
     task::chain,
     vmm::{self, Driver, Rung, Vm, VmSpec},
 };
-
-/// Below the state directory, one for each builder. No namespace of containerd's begins with a point.
-const DIR: &str = ".builders";
-/// The cgroup of all of them.
-const CGROUP: &str = "/chsnap-builders";
-/// What VMM and virtiofsd take beside the guest's memory, in MiB.
-const OVERHEAD_MIB: u64 = 768;
-/// And beside the guest's CPUs.
-const VMM_CPUS: u32 = 1;
 
 /// Builds the base snapshot that `order` asks for; `tell` hears how far it is.
 ///
@@ -52,24 +40,6 @@ pub async fn build(order: &Order, tell: &mut dyn FnMut(&str)) -> Result<Built, T
     // Also of a build that is given up half-way nothing is left.
     let ground = Ground::claim(order, tell)?;
     build_on(&ground, order, named, store, tell).await
-}
-
-/// Removes what builders have left that were killed.
-pub(super) fn clear_away(config: &Config) {
-    let entries = fs::read_dir(config.state.dir.join(DIR)).into_iter().flatten().flatten();
-    for dir in entries.filter_map(|entry| PodDir::claim(&entry.path()).ok()) {
-        if let Ok(mut cgroup) = Cgroup::find(CGROUP, dir.path()) {
-            cgroup.remove();
-        }
-        dir.remove_of_dying();
-    }
-    let swept = Store::open(&config.snapshot.dir, config.snapshot.budget.as_bytes()).map(|store| store.sweep());
-    match swept {
-        Ok(Ok(stayed)) => stayed.iter().for_each(|error| log::warn!("{}", chain(error))),
-        Ok(Err(error)) => log::warn!("what a builder has left stays: {}", chain(&error)),
-        // Nothing is left where nothing can be.
-        Err(_) => {}
-    }
 }
 
 /// An image snapshot takes a rung that works, and that is known of a base snapshot on it.
@@ -94,74 +64,6 @@ async fn build_on(
         Err(error) => tell(&format!("the store's budget is not kept: {}", chain(&error))),
     }
     Ok(built)
-}
-
-/// What a builder works on.
-pub(super) struct Ground {
-    dir: PodDir,
-    cgroup: Cgroup,
-    share: Option<Share>,
-}
-
-impl Ground {
-    /// Takes one of the places, and clears away what a builder that was killed has left there.
-    fn claim(order: &Order, tell: &mut dyn FnMut(&str)) -> Result<Self, TemplateError> {
-        let Config { state, snapshot, .. } = &order.config;
-        // One by hand is always allowed.
-        let places = if order.beside { snapshot.builders } else { snapshot.builders.max(1) };
-        for number in 0..places {
-            let dir = match PodDir::claim(&state.dir.join(DIR).join(number.to_string())) {
-                Ok(dir) => dir,
-                Err(DirError::Taken { .. }) => continue,
-                Err(error) => return Err(error.into()),
-            };
-            let bounded = Cgroup::create(CGROUP, dir.path()).map_err(|error| chain(&error)).and_then(|mut cgroup| {
-                let memory = (order.memory_mib + OVERHEAD_MIB) << 20;
-                match cgroup.bound(memory, order.vcpus + VMM_CPUS) {
-                    Ok(()) => Ok(cgroup),
-                    Err(error) => {
-                        cgroup.remove();
-                        Err(error.to_string())
-                    }
-                }
-            });
-            let cgroup = bounded.unwrap_or_else(|error| {
-                tell(&format!("without bounds on memory and CPU: {error}"));
-                Cgroup::default()
-            });
-            let share = Share::create(dir.path());
-            let mut ground = Self { dir, cgroup, share: None };
-            match share {
-                Ok(share) => ground.share = Some(share),
-                Err(error) => return Err(TemplateError::Start(RootError::from(error).into())),
-            }
-            return Ok(ground);
-        }
-        Err(TemplateError::Busy(places))
-    }
-
-    /// Its directory.
-    pub fn dir(&self) -> &Path {
-        self.dir.path()
-    }
-
-    /// Its cgroup.
-    pub fn cgroups(&self) -> &[PathBuf] {
-        self.cgroup.dirs()
-    }
-
-    /// What its guests see.
-    pub fn share(&self) -> Option<&Share> {
-        self.share.as_ref()
-    }
-}
-
-impl Drop for Ground {
-    fn drop(&mut self) {
-        self.share = None;
-        self.cgroup.remove();
-        self.dir.remove();
-    }
 }
 
 pub(super) struct Workshop<'a> {
@@ -300,9 +202,8 @@ impl Workshop<'_> {
         into: &Path,
         tell: &mut dyn FnMut(&str),
     ) -> Result<(), Unbuilt> {
-        let Ground { dir, cgroup, .. } = self.ground;
         let config = &self.order.config;
-        let spec = machine::spec(config, self.order.shape(), dir.path(), cgroup.dirs());
+        let spec = machine::spec(config, self.order.shape(), self.ground.dir(), self.ground.cgroups());
         let restored = machine::templates_spec(spec, Kind::Base, rung);
         let template = VmSpec { snapshot_dir: Some(into.to_owned()), ..restored.clone() };
         let running = match self.start(driver, &template, Origin::Boot).await {
@@ -325,7 +226,7 @@ impl Workshop<'_> {
     /// the trial is about whether it works, on a host that may have other things to do.
     pub async fn start(&self, driver: &dyn Driver, spec: &VmSpec, origin: Origin<'_>) -> Result<Running, StartError> {
         let Config { share, deadlines, .. } = &self.order.config;
-        let dir = self.ground.share.as_ref().map_or(self.ground.dir.path(), Share::dir);
+        let dir = self.ground.share().map_or(self.ground.dir(), Share::dir);
         let mut virtiofsd = Virtiofsd::spawn(&self.virtiofsd, share.cache, dir, &spec.share_socket, &spec.cgroups)?;
         let vm = match machine::start(driver, spec, origin, &mut virtiofsd).await {
             Ok(vm) => vm,

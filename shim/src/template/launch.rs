@@ -16,7 +16,7 @@ use tokio::{
     process::{Child, Command},
 };
 
-use super::{Built, Order, build, builder::clear_away};
+use super::{Built, Order, build, clear_away};
 use crate::{config::Config, share, sys, task::chain};
 
 /// The only argument of such a process.

@@ -1,7 +1,7 @@
 //! Templates: guests that are started for nothing but to be saved. One is built on the fullest rung of the ladder on
 //! which what was saved can be restored again, which is tried before anybody gets to see it.
 //!
-//! `builder` builds one, `image` one with the image's process in it (`limit` says how much
+//! `builder` builds one, at a place of `ground`'s, `image` one with the image's process in it (`limit` says how much
 //! that may write, `ahead` has one built for pods to come), `launch` has that done by a process of its own beside a pod, `climb` is the ladder.
 
 use chsnap_protocol::agent::InfoResponse;
@@ -21,6 +21,7 @@ use crate::{
 mod ahead;
 mod builder;
 mod climb;
+mod ground;
 mod image;
 #[cfg(test)]
 mod image_tests;
@@ -29,6 +30,7 @@ mod limit;
 
 pub use ahead::{Ahead, AheadError, StandIn};
 pub use builder::build;
+pub use ground::clear_away;
 pub use image::{ImageOrder, ProcessError};
 pub use launch::{COMMAND, isolate, launch, serve};
 pub use limit::ExcessError;
@@ -83,6 +85,11 @@ pub enum TemplateError {
     /// Enough of them are being built.
     #[error("{0} of them are being built on this host already, and [snapshot] builders allows no more")]
     Busy(u32),
+    /// It could take from pods what is theirs.
+    #[error(
+        "none is built beside pods, since its memory and CPUs cannot be bounded; `chsnap snapshot build` builds one all the same"
+    )]
+    Unbounded(#[source] std::io::Error),
     /// A place for its sockets.
     #[error(transparent)]
     Dir(#[from] DirError),
