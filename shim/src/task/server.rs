@@ -135,12 +135,9 @@ pub async fn start(opts: StartOpts) -> Result<String, Error> {
         return Err(match is_first {
             // spawn() answers when the server listens or has ended; in the second case the reason is on our stderr.
             true => Error::Other("the shim's server did not start".into()),
-            false => Error::IoError {
-                context: format!(
-                    "the pod {pod:?} has no shim that runs (any more), to which the container could be added"
-                ),
-                err,
-            },
+            false => Error::Other(format!(
+                "the pod {pod:?} has no shim that runs (any more), to which the container could be added: {err}"
+            )),
         });
     }
     // containerd before 1.7 finds the shim again by this file in the bundle; later ones keep a file of their own.

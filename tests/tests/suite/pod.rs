@@ -69,6 +69,8 @@ fn sandbox_without_vm(env: &Env) -> Result<()> {
         .annotation("io.kubernetes.cri.container-type", "sandbox")
         .annotation("io.kubernetes.cri.sandbox-memory", &(300_u64 << 20).to_string())
         .annotation("io.chsnap.expose", "8080")
+        // As it would be anyway; there is no snapshot of this size.
+        .annotation("io.chsnap.snapshot", "auto")
         .command(["/pause"]);
     let mut events = follow(env, &id)?;
     let pause = pause.start()?;

@@ -208,8 +208,10 @@ fn digest_of_layers(env: &Env, pod: &Started<'_>) -> Result<String> {
     let mounts = env.ctr().text(["snapshots", "mounts", "/", &pod.id])?;
     let lowers = mounts.split([' ', ',']).find_map(|word| word.strip_prefix("lowerdir=")).context("no layers")?;
     let dirs = lowers.split(':').flat_map(|dir| ["--directory", dir, "."]);
-    let script = r#"set -o pipefail; tar --create --sort=name --xattrs --numeric-owner --file=- "$@" | sha256sum"#;
-    Run::new("bash").args(["-c", script, "digest"]).args(dirs).limit(Duration::from_secs(120)).text()
+    // Without the times that reading changes.
+    let tar = "tar --create --sort=name --xattrs --pax-option=delete=atime,delete=ctime --numeric-owner --file=-";
+    let script = format!(r#"set -o pipefail; {tar} "$@" | sha256sum"#);
+    Run::new("bash").args(["-c", &script, "digest"]).args(dirs).limit(Duration::from_secs(120)).text()
 }
 
 /// Every sign of readiness is understood, by processes that know nothing of hooks.
