@@ -159,7 +159,143 @@ fn cpu_in(cpuinfo: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use async_trait::async_trait;
+    use tempfile::TempDir;
+
     use super::*;
+    use crate::{
+        config::CacheMode,
+        program::Freshness,
+        snapshot::{Key, key::tests::inputs},
+        vmm::{Accelerator, BootError, Vm, VmSpec, VmmKind},
+    };
+
+    /// Nothing but a program.
+    struct Stand(PathBuf, VmmKind, Accelerator);
+
+    #[async_trait]
+    impl Driver for Stand {
+        fn kind(&self) -> VmmKind {
+            self.1
+        }
+        fn accelerator(&self) -> Accelerator {
+            self.2
+        }
+        fn program(&self) -> &Path {
+            &self.0
+        }
+        async fn boot(&self, _: &VmSpec) -> Result<Box<dyn Vm>, BootError> {
+            unreachable!()
+        }
+        async fn restore(&self, _: &VmSpec, _: &Path) -> Result<Box<dyn Vm>, BootError> {
+            unreachable!()
+        }
+    }
+
+    /// A host with all that a key depends on, and may be changed.
+    struct Host {
+        dir: TempDir,
+        config: Config,
+        shape: Shape,
+        rung: Rung,
+        vmm: Stand,
+        virtiofsd: VirtiofsdProgram,
+        process: Process,
+    }
+
+    impl Host {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let at = |name: &str| dir.path().join(name);
+            let mut config = Config::default();
+            config.state.dir = at("state");
+            (config.guest.kernel, config.guest.initramfs) = (at("kernel"), at("initramfs"));
+            let vmm = Stand(at("vmm"), VmmKind::Qemu, Accelerator::Tcg);
+            let virtiofsd = VirtiofsdProgram { path: at("virtiofsd"), version: "1.14.0".into() };
+            let shape = Shape { vcpus: 1, memory_mib: 256 };
+            let process = inputs().process.unwrap();
+            let host = Self { dir, config, shape, rung: Rung::Standard, vmm, virtiofsd, process };
+            for name in ["kernel", "initramfs", "vmm", "virtiofsd"] {
+                host.program(name, "10.0.2");
+            }
+            host
+        }
+
+        fn program(&self, name: &str, version: &str) {
+            let path = self.dir.path().join(name);
+            // Another file, as an upgrade makes it: the one before may be running.
+            let _ = fs::remove_file(&path);
+            fs::write(&path, format!("#!/bin/sh\necho {name} {version}\n")).unwrap();
+            fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        }
+
+        fn append(&self, name: &str) {
+            let path = self.dir.path().join(name);
+            let content = [&fs::read(&path).unwrap()[..], b"# more\n"].concat();
+            fs::write(path, content).unwrap();
+        }
+
+        /// Of a base snapshot and of one of an image.
+        async fn keys(&self) -> [Key; 2] {
+            let Self { config, shape, vmm, virtiofsd, .. } = self;
+            let machine = Machine { config, shape: *shape, driver: vmm, virtiofsd };
+            // What was found before is believed, as by pods.
+            let mut scout = Scout::new(config, Freshness::Remembered);
+            let base = machine.base(self.rung, &mut scout).await.unwrap();
+            [base.key(), machine.image(self.rung, self.process.clone(), &mut scout).await.unwrap().key()]
+        }
+    }
+
+    #[tokio::test]
+    async fn whatever_of_a_host_changes_changes_the_keys() {
+        type Change = fn(&mut Host);
+        let changes: [(&str, Change); 16] = [
+            ("kernel", |host| host.append("kernel")),
+            ("initramfs", |host| host.append("initramfs")),
+            ("cmdline", |host| host.config.guest.cmdline = "quiet".into()),
+            ("cache", |host| host.config.share.cache = CacheMode::Never),
+            ("virtiofsd", |host| host.append("virtiofsd")),
+            ("virtiofsd's version", |host| host.virtiofsd.version = "1.15.0".into()),
+            ("VMM", |host| host.append("vmm")),
+            ("VMM's version", |host| host.program("vmm", "10.0.3")),
+            ("kind of VMM", |host| host.vmm.1 = VmmKind::CloudHypervisor),
+            ("accelerator", |host| host.vmm.2 = Accelerator::Kvm),
+            ("vcpus", |host| host.shape.vcpus = 2),
+            ("memory", |host| host.shape.memory_mib = 257),
+            ("rung", |host| host.rung = Rung::NoPmu),
+            ("another kernel", |host| {
+                fs::rename(host.dir.path().join("initramfs"), host.dir.path().join("kernel")).unwrap();
+                host.program("initramfs", "10.0.2");
+            }),
+            ("kernel and initramfs", |host| {
+                let guest = &mut host.config.guest;
+                std::mem::swap(&mut guest.kernel, &mut guest.initramfs);
+            }),
+            ("both programs", |host| {
+                host.append("vmm");
+                host.append("virtiofsd");
+            }),
+        ];
+        let plain = Host::new();
+        let keys = plain.keys().await;
+        assert_eq!(plain.keys().await, keys, "the same twice");
+        assert_eq!(Host::new().keys().await, keys, "contents count, and not where they are");
+        let mut seen: BTreeSet<Key> = keys.clone().into();
+        assert_eq!(seen.len(), 2);
+        for (what, change) in changes {
+            let mut host = Host::new();
+            assert_eq!(host.keys().await, keys, "{what}");
+            change(&mut host);
+            for key in host.keys().await {
+                assert!(seen.insert(key), "{what}");
+            }
+        }
+        // And of the image alone.
+        let mut host = Host::new();
+        host.process.chain_id = "sha256:2".into();
+        let [base, image] = host.keys().await;
+        assert!(base == keys[0] && seen.insert(image));
+    }
 
     #[test]
     fn a_cpu_is_told_by_its_model_and_features_and_nothing_that_changes() {
