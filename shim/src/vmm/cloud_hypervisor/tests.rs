@@ -3,7 +3,10 @@
 
 use chsnap_test_skip::skip;
 use serde_json::Value;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    task::JoinHandle,
+};
 
 use super::*;
 use crate::vmm::{
@@ -55,6 +58,23 @@ async fn replay_on(
     order: Order<'_>,
     expected: Vec<(&'static str, Option<Value>, &'static str)>,
 ) -> Result<(), StartError> {
+    replay_by(&driver("unused"), order, expected).await
+}
+
+async fn replay_by(
+    driver: &CloudHypervisor,
+    order: Order<'_>,
+    expected: Vec<(&'static str, Option<Value>, &'static str)>,
+) -> Result<(), StartError> {
+    let (api, server) = serve(expected);
+    let outcome = driver.start(&api, &spec(), Path::new("/run/pod/vsock"), order).await;
+    drop(api);
+    server.await.unwrap();
+    outcome
+}
+
+/// A server that ends when all was asked, and well.
+fn serve(expected: Vec<(&'static str, Option<Value>, &'static str)>) -> (Api, JoinHandle<()>) {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     let server = tokio::spawn(async move {
         for (line, body, answer) in expected {
@@ -66,11 +86,7 @@ async fn replay_on(
         }
         assert_eq!(theirs.read(&mut [0]).await.unwrap(), 0, "more was asked than expected");
     });
-    let api = Api::new(ours, Duration::from_secs(30));
-    let outcome = driver("unused").start(&api, &spec(), Path::new("/run/pod/vsock"), order).await;
-    drop(api);
-    server.await.unwrap();
-    outcome
+    (Api::new(ours, Duration::from_secs(30)), server)
 }
 
 async fn request(stream: &mut UnixStream) -> (String, Option<Value>) {
@@ -118,6 +134,30 @@ async fn a_machine_of_the_command_line_is_waited_for() {
         (info, None, "running"),
     ];
     assert!(replay_on(Order::Wait, requests).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_machine_is_saved_while_its_cpus_stand_still() {
+    let requests = vec![
+        ("PUT /api/v1/vm.pause", None, "done"),
+        ("PUT /api/v1/vm.snapshot", Some(contract()["vm.snapshot"].clone()), "done"),
+    ];
+    let (api, server) = serve(requests);
+    snapshot::save(&api, Path::new("/store/snapshot")).await.unwrap();
+    drop(api);
+    server.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_machine_is_restored_as_it_was_asked_for() {
+    for (memory_restore, mode) in [(MemoryRestore::Copy, "Copy"), (MemoryRestore::OnDemand, "OnDemand")] {
+        let mut body = contract()["vm.restore"].clone();
+        body["memory_restore_mode"] = mode.into();
+        let requests = vec![("GET /api/v1/vmm.ping", None, "ping"), ("PUT /api/v1/vm.restore", Some(body), "done")];
+        let driver = CloudHypervisor { memory_restore, ..driver("unused") };
+        assert!(replay_by(&driver, Order::Restore(Path::new("/store/snapshot")), requests).await.is_ok());
+        assert!(contract()["memory_restore_modes"].as_array().unwrap().contains(&mode.into()));
+    }
 }
 
 /// Of programs that know both, one, or none of the options, and of one that takes everything.
@@ -182,6 +222,9 @@ fn every_field_is_known_to_the_api() {
             assert!(fields.contains(&name.as_str().into()), "{section}.{name}");
         }
     };
+    for request in ["vm.snapshot", "vm.restore"] {
+        known(request, &contract()[request]);
+    }
     let machine = machine(true);
     known("", &machine);
     for (section, value) in machine.as_object().unwrap() {
