@@ -17,7 +17,7 @@ use crate::share::{CloneRoot, Overlay, RootMount};
 /// containerd answers at once, or has other things to do.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// What a view of an image is called, with the image's chain ID.
+/// What a view of an image is called, with the number of the process that made it and the image's chain ID.
 const VIEW: &str = "chsnap-view-";
 
 /// A container, and the containerd that has it.
@@ -158,11 +158,17 @@ impl Place {
     /// See [`OriginError`].
     pub async fn image_root(&self, client: &Path, chain_id: &str) -> Result<PathBuf, OriginError> {
         let Container { snapshotter, .. } = self.snapshot(client).await?;
-        let view = format!("{VIEW}{}", chain_id.trim_start_matches("sha256:"));
+        let view = format!("{VIEW}{}-{}", std::process::id(), chain_id.trim_start_matches("sha256:"));
         let shown = Container { snapshotter, snapshot_key: view.clone() };
         let of = ["snapshots", "--snapshotter", &shown.snapshotter];
-        // Of somebody who was killed before it was given back.
-        let _ = self.say(client, &[&of[..], &["rm", &view]].concat()).await;
+        // Of those who were killed before they gave theirs back, perhaps with this process's number.
+        let list = self.say(client, &[&of[..], &["ls"]].concat()).await.unwrap_or_default();
+        let list = String::from_utf8_lossy(&list);
+        for left in list.lines().filter_map(|line| line.split_whitespace().next()) {
+            if left == view || is_left(left, VIEW) {
+                let _ = self.say(client, &[&of[..], &["rm", left]].concat()).await;
+            }
+        }
         self.say(client, &[&of[..], &["view", &view, chain_id]].concat()).await?;
         let mounts = self.mounts(client, &shown).await;
         self.say(client, &[&of[..], &["rm", &view]].concat()).await?;
@@ -213,6 +219,12 @@ impl Place {
         let text = String::from_utf8_lossy(&self.say(client, &args).await?).into_owned();
         Ok(text.lines().filter_map(root_mount).collect())
     }
+}
+
+/// Whether the process is gone that made something of this name: `prefix`, its number, and perhaps more after a `-`.
+pub(crate) fn is_left(name: &str, prefix: &str) -> bool {
+    let number = name.strip_prefix(prefix).and_then(|rest| rest.split('-').next()?.parse::<u32>().ok());
+    number.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists())
 }
 
 fn shown(client: &Path, args: &[&str]) -> String {
@@ -289,5 +301,42 @@ mod tests {
         assert!(matches!(error, OriginError::NoImage { .. }), "{error}");
         let error = place("web").chain_id_of_layers(&web, &two).await.unwrap_err();
         assert!(matches!(error, OriginError::Another { .. }), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_view_is_its_maker_s_own_and_those_of_the_dead_are_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (log, client) = (dir.path().join("log"), dir.path().join("ctr"));
+        let (root, other) = (dir.path().display(), std::os::unix::process::parent_id());
+        let script = format!(
+            "#!/bin/sh\nshift 4; echo \"$*\" >>{log:?}\ncase \"$*\" in\n\
+             containers*) echo '{{\"Snapshotter\": \"native\", \"SnapshotKey\": \"web\"}}';;\n\
+             *' ls') echo KEY PARENT KIND; echo {VIEW}4194999-ab sha256:ab View; echo {VIEW}{other}-ab sha256:ab View;;\n\
+             *' mounts '*) echo mount -t bind {root} / -o ro,rbind;;\nesac\n"
+        );
+        std::fs::write(&client, script).unwrap();
+        std::fs::set_permissions(&client, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        assert_eq!(place("web").image_root(&client, "sha256:ab").await.unwrap(), dir.path());
+        let own = format!("{VIEW}{}-ab", std::process::id());
+        let said = std::fs::read_to_string(&log).unwrap();
+        let said: Vec<_> =
+            said.lines().filter_map(|line| line.strip_prefix("snapshots --snapshotter native ")).collect();
+        let expected = [
+            "ls".to_owned(),
+            format!("rm {VIEW}4194999-ab"),
+            format!("view {own} sha256:ab"),
+            format!("mounts / {own}"),
+            format!("rm {own}"),
+        ];
+        assert_eq!(said, expected);
+    }
+
+    #[test]
+    fn only_what_a_process_that_is_gone_has_made_is_left() {
+        assert!(!is_left(&format!("x-{}", std::process::id()), "x-"));
+        assert!(is_left("x-4194999", "x-") && is_left("x-4194999-ab", "x-"));
+        for other in ["web", "x-", "x-x", "y-4194999"] {
+            assert!(!is_left(other, "x-"), "{other}");
+        }
     }
 }

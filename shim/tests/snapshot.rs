@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    os::unix::fs::PermissionsExt,
     path::PathBuf,
     process::{Command, Output, Stdio},
 };
@@ -151,6 +152,36 @@ fn what_is_in_use_stays() {
     drop(in_use);
     assert_eq!(host.json(&["prune", "--budget", "0"])[0]["key"], key.as_str());
     assert!(host.fails(&["rm", key.short()]).contains("there is no snapshot"));
+}
+
+#[test]
+fn what_a_killed_build_has_left_is_pruned() {
+    let host = Host::new();
+    let at = |name: &str| host.dir.path().join(name);
+    let config = fs::read_to_string(&host.config).unwrap();
+    fs::write(&host.config, format!("[state]\ndir = {:?}\n{config}ctr = {:?}\n", at("state"), at("ctr"))).unwrap();
+    fs::create_dir_all(at("state/.builders/0")).unwrap();
+    fs::write(at("state/.builders/0/fs.sock"), "").unwrap();
+    let half = at("snapshots").join(format!(".new-{}", inputs(1).key()));
+    fs::create_dir(&half).unwrap();
+    let (alive, dead) = (std::process::id(), 4_194_999);
+    let list = format!("echo web; echo chsnap-build-{alive}; echo chsnap-build-{dead}");
+    let script = format!("#!/bin/sh\necho \"$*\" >>{:?}\ncase \"$*\" in *' ls -q') {list};; esac\n", at("log"));
+    fs::write(at("ctr"), script).unwrap();
+    fs::set_permissions(at("ctr"), PermissionsExt::from_mode(0o755)).unwrap();
+    fs::write(at("sock"), "").unwrap();
+    host.says(&["prune", "--namespace", "n", "--address", at("sock").to_str().unwrap()]);
+    assert!(!half.exists() && !at("state/.builders").exists());
+    let said = fs::read_to_string(at("log")).unwrap();
+    assert_eq!(said.matches("containers rm").count(), 1, "{said}");
+    assert!(said.contains(&format!("--namespace n containers rm chsnap-build-{dead}")), "{said}");
+    // Without a containerd there is nothing to ask; what stays of the rest is told.
+    fs::remove_file(at("log")).unwrap();
+    let stuck = at("snapshots").join(format!(".old-{}-0", inputs(1).key()));
+    fs::write(&stuck, "").unwrap();
+    let said = host.fails(&["prune", "--address", at("none").to_str().unwrap()]);
+    assert!(said.contains("cannot remove") && said.contains(".old-"), "{said}");
+    assert!(!at("log").exists());
 }
 
 #[test]

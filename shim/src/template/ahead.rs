@@ -9,7 +9,7 @@ use thiserror::Error;
 use super::Order;
 use crate::{
     config::{Config, Overrides, Ready, Shape},
-    origin::{OriginError, Place},
+    origin::{OriginError, Place, is_left},
     sandbox::{Blueprint, Plan, PlanError},
     share::CloneRoot,
 };
@@ -81,10 +81,7 @@ impl StandIn {
             namespace: ahead.namespace.clone(),
             container: format!("{NAME}{}", std::process::id()),
         };
-        let list = place.say(&ahead.client, &["containers", "ls", "-q"]).await.map_err(failed)?;
-        for id in String::from_utf8_lossy(&list).lines().filter(|id| is_left(id)) {
-            let _ = place.say(&ahead.client, &["containers", "rm", id]).await;
-        }
+        Self::clear_away(&ahead.client, &place).await.map_err(failed)?;
         let mut args = vec!["containers", "create"];
         if ahead.terminal {
             args.push("--tty");
@@ -101,6 +98,18 @@ impl StandIn {
         args.extend(ahead.args.iter().map(String::as_str));
         place.say(&ahead.client, &args).await.map_err(failed)?;
         Ok(Self { place, client: ahead.client.clone() })
+    }
+
+    /// Removes those of processes that are gone; `place` is any at the containerd in question.
+    ///
+    /// # Errors
+    /// Where containerd does not tell which there are.
+    pub async fn clear_away(client: &Path, place: &Place) -> Result<(), OriginError> {
+        let list = place.say(client, &["containers", "ls", "-q"]).await?;
+        for id in String::from_utf8_lossy(&list).lines().filter(|id| is_left(id, NAME)) {
+            let _ = place.say(client, &["containers", "rm", id]).await;
+        }
+        Ok(())
     }
 
     /// What is to be built for pods like it.
@@ -135,25 +144,5 @@ impl StandIn {
     /// Where containerd does not.
     pub async fn remove(self) -> Result<(), OriginError> {
         self.place.say(&self.client, &["containers", "rm", &self.place.container]).await.map(drop)
-    }
-}
-
-/// Whether the process that made it is gone.
-fn is_left(id: &str) -> bool {
-    let maker = id.strip_prefix(NAME).and_then(|pid| pid.parse::<u32>().ok());
-    maker.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_what_a_process_that_is_gone_has_made_is_left() {
-        assert!(!is_left(&format!("{NAME}{}", std::process::id())));
-        assert!(is_left(&format!("{NAME}4194999")));
-        for other in ["web", "chsnap-build-", "chsnap-build-x"] {
-            assert!(!is_left(other), "{other}");
-        }
     }
 }

@@ -2,13 +2,14 @@
 
 use std::{
     error::Error,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::{Instant, SystemTime},
 };
 
 use chsnap::{
     config::{Config, Overrides, Ready, Shape, Size},
+    origin::Place,
     snapshot::{Entry, Key, Manifest, Pruned, Store},
     task::chain,
     template::{self, Ahead, Built, Order, StandIn},
@@ -87,15 +88,8 @@ pub struct Build {
     /// Snapshotter of its pods [default: containerd's own]
     #[arg(long, requires = "image")]
     snapshotter: Option<String>,
-    /// containerd's socket
-    #[arg(long, env = "CONTAINERD_ADDRESS", default_value = "/run/containerd/containerd.sock")]
-    address: String,
-    /// containerd's namespace
-    #[arg(long, env = "CONTAINERD_NAMESPACE", default_value = "default")]
-    namespace: String,
-    /// containerd's client [default: snapshot.ctr]
-    #[arg(long, value_name = "PATH")]
-    ctr: Option<PathBuf>,
+    #[command(flatten)]
+    containerd: Containerd,
     /// What its pods run instead of what the image says, word by word
     #[arg(last = true, requires = "image")]
     words: Vec<String>,
@@ -109,11 +103,27 @@ pub struct Build {
     args: Args,
 }
 
+/// Where containers are made to build from.
+#[derive(clap::Args)]
+struct Containerd {
+    /// containerd's socket
+    #[arg(long, env = "CONTAINERD_ADDRESS", default_value = "/run/containerd/containerd.sock")]
+    address: String,
+    /// containerd's namespace
+    #[arg(long, env = "CONTAINERD_NAMESPACE", default_value = "default")]
+    namespace: String,
+    /// containerd's client [default: snapshot.ctr]
+    #[arg(long, value_name = "PATH")]
+    ctr: Option<PathBuf>,
+}
+
 #[derive(clap::Args)]
 pub struct Prune {
     /// Instead of the configuration's budget, such as 2GiB; 0 removes all that are not in use
     #[arg(long, value_name = "SIZE")]
     budget: Option<Size>,
+    #[command(flatten)]
+    containerd: Containerd,
     #[command(flatten)]
     args: Args,
 }
@@ -266,8 +276,30 @@ fn each(some: &Several, done: &str, what: Deed) -> Outcome {
     Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+impl Containerd {
+    fn client(&self, config: &Config) -> PathBuf {
+        self.ctr.clone().unwrap_or_else(|| config.snapshot.ctr.clone())
+    }
+
+    /// Removes what killed processes left there, if it is there at all.
+    fn clear_away(&self, config: &Config) -> Result<(), Box<dyn Error>> {
+        if !Path::new(&self.address).exists() {
+            return Ok(());
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (address, namespace) = (self.address.clone(), self.namespace.clone());
+        let place = Place { address, namespace, container: String::new() };
+        Ok(runtime.block_on(StandIn::clear_away(&self.client(config), &place))?)
+    }
+}
+
 fn prune(prune: &Prune) -> Outcome {
     let (store, budget) = open(&prune.args)?;
+    let config = Config::load(prune.args.config.as_deref())?;
+    template::clear_away(&config);
+    if let Err(error) = prune.containerd.clear_away(&config) {
+        eprintln!("chsnap: what killed builds left in containerd stays: {}", chain(error.as_ref()));
+    }
     let Pruned { evicted, stayed } = store.prune(prune.budget.unwrap_or(budget).as_bytes())?;
     if prune.args.json {
         let rows: Vec<_> =
@@ -299,9 +331,9 @@ fn build(build: &Build) -> Outcome {
             };
         };
         let ahead = Ahead {
-            client: build.ctr.clone().unwrap_or_else(|| config.snapshot.ctr.clone()),
-            address: build.address.clone(),
-            namespace: build.namespace.clone(),
+            client: build.containerd.client(&config),
+            address: build.containerd.address.clone(),
+            namespace: build.containerd.namespace.clone(),
             snapshotter: build.snapshotter.clone(),
             image: image.clone(),
             env: build.env.clone(),
