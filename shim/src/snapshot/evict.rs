@@ -1,7 +1,8 @@
 //! Letting go of snapshots: when somebody asks, and when there are too many.
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
     path::{Path, PathBuf},
 };
 
@@ -59,9 +60,7 @@ impl Store {
             Err(error) => return Err(failed(&dir, error)),
         };
         let old = self.set_aside(&dir, key).map_err(|error| failed(&dir, error))?;
-        files::remove_tree(&old).map_err(|error| failed(&old, error))?;
-        drop(locked);
-        Ok(())
+        remove_locked(&old, &locked).map_err(|error| failed(&old, error))
     }
 
     /// Has it out of the way, and removed once nobody uses it any more; there may be none.
@@ -158,13 +157,18 @@ impl Store {
 
     fn sweep_one(&self, dir: &Path) -> io::Result<()> {
         match lock(dir, FlockArg::LockExclusiveNonblock) {
-            Ok(Some(locked)) if is_still(dir, &locked) => match files::remove_tree(dir) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-                _ => Ok(()),
-            },
+            Ok(Some(locked)) if is_still(dir, &locked) => remove_locked(dir, &locked),
             Ok(_) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(error),
         }
+    }
+}
+
+/// Once it is empty, the next of its key may take its place on the way out: then it is gone, and the rest is that one's remover's.
+fn remove_locked(dir: &Path, locked: &File) -> io::Result<()> {
+    match files::remove_tree(dir) {
+        Err(_) if !is_still(dir, locked) => Ok(()),
+        outcome => outcome,
     }
 }
