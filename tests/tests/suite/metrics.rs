@@ -23,7 +23,8 @@ fn numbers(env: &Env) -> Result<()> {
     // 40 MB of anonymous memory, in pages of 4 KiB, or one in 2 MiB.
     ensure!(number("/memory/pgfault")? > 20, "{text}");
     ensure!(number("/cpu/usage_usec")? > 1000, "{text}");
-    ensure!(number("/pids/current")? == 1, "{text}");
+    // Threads count, and a Python that may be saved has one for its hooks.
+    ensure!((1..=2).contains(&number("/pids/current")?), "{text}");
     let table = env.ctr().text(["task", "metrics", &started.id])?;
     let row = |name: &str| {
         let mut rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
