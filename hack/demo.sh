@@ -201,7 +201,7 @@ processes_left() {
     for place in "${places[@]}"; do processes_naming "$place/"; done
     # What builds a snapshot names nothing, and may be another containerd's.
     for pid in $(processes_naming build-template); do
-      { tr '\0' '\n' <"/proc/$pid/environ"; } 2>/dev/null | grep -qF -- "${places[2]}/" || continue
+      { tr '\0' '\n' <"/proc/$pid/environ"; } 2>/dev/null | grep -F -- "${places[2]}/" >/dev/null || continue
       printf '%s\n' "$pid"
     done
   } | sort -un

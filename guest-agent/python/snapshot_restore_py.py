@@ -65,9 +65,10 @@ def _seed():
     ssl = sys.modules.get("ssl")
     if hasattr(ssl, "RAND_add"):
         ssl.RAND_add(os.urandom(64), 64.0)
-    for name in ("random", "numpy.random"):
+    # A program's own module may have such a name, too.
+    for name, known in (("random", "SystemRandom"), ("numpy.random", "RandomState")):
         module = sys.modules.get(name)
-        if hasattr(module, "seed"):
+        if hasattr(module, known):
             module.seed()
 
 

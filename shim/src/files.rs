@@ -143,7 +143,11 @@ fn move_up(dir: &Path, top: &Path, moved: &mut u64) -> io::Result<()> {
     loop {
         *moved += 1;
         match fs::rename(dir, top.join(format!("{moved}"))) {
-            Err(error) if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotADirectory) => {}
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory
+                ) => {}
             outcome => return outcome,
         }
     }

@@ -11,22 +11,21 @@ pub(super) const TRIES: u32 = 10;
 pub(super) enum Clock {
     /// Not off by more than it may be.
     Right,
-    /// Perhaps it is: the request or the answer was long on its way.
-    Late,
+    /// Perhaps it is, by that: the request or the answer was long on its way.
+    Late(i64),
     /// It is.
-    Wrong,
+    Wrong(i64),
 }
 
 impl Clock {
     /// A guest that was asked at `asked` and has said `guest`, by `now`.
     pub fn seen(asked: i64, guest: i64, now: i64) -> Self {
-        let (before, after) = (asked.saturating_sub(guest), guest.saturating_sub(now));
-        if before > TOLERANCE_NS || after > TOLERANCE_NS {
-            Self::Wrong
-        } else if now.saturating_sub(guest) > TOLERANCE_NS {
-            Self::Late
-        } else {
-            Self::Right
+        // The guest says what it likes.
+        let (before, after, late) = (asked.saturating_sub(guest), guest.saturating_sub(now), now.saturating_sub(guest));
+        match before.max(after) {
+            wrong if wrong > TOLERANCE_NS => Self::Wrong(wrong),
+            _ if late > TOLERANCE_NS => Self::Late(late),
+            _ => Self::Right,
         }
     }
 }
@@ -42,9 +41,10 @@ mod tests {
         assert_eq!(seen(1_010, 1_020), Clock::Right);
         // It took 200 ms, of which the guest says that it has worked for 190.
         assert_eq!(seen(1_190, 1_200), Clock::Right);
-        assert_eq!(seen(1_010, 1_100), Clock::Late);
+        assert_eq!(seen(1_010, 1_100), Clock::Late(90 * MS));
         // As it was when it was saved, or far ahead.
-        assert_eq!(seen(0, 1_020), Clock::Wrong);
-        assert_eq!(seen(2_000, 1_020), Clock::Wrong);
+        assert_eq!(seen(0, 1_020), Clock::Wrong(1_000 * MS));
+        assert_eq!(seen(2_000, 1_020), Clock::Wrong(980 * MS));
+        assert_eq!(Clock::seen(0, i64::MIN, MS), Clock::Wrong(i64::MAX));
     }
 }

@@ -95,27 +95,26 @@ impl Agent {
         let Fresh { entropy, epoch } = fresh;
         let mut request = ResumeRequest { entropy, epoch, mount_share, ..Default::default() };
         // Last of all, since it is late from now on.
-        let mut asked = now_ns();
+        let asked = now_ns();
         request.wall_clock_ns = asked;
-        let mut guest = ask!(self, "Resume", resume(request)).await?.wall_clock_ns;
+        let guest = ask!(self, "Resume", resume(request)).await?.wall_clock_ns;
         let mut clock = Clock::seen(asked, guest, now_ns());
         for _ in 0..CLOCK_TRIES {
-            match clock {
-                Clock::Right => return Ok(()),
-                Clock::Wrong => break,
-                Clock::Late => {}
+            if clock == Clock::Right {
+                return Ok(());
             }
-            asked = now_ns();
+            let asked = now_ns();
             let request = SetClockRequest { wall_clock_ns: asked, ..Default::default() };
-            guest = ask!(self, "SetClock", set_clock(request)).await?.wall_clock_ns;
+            let guest = ask!(self, "SetClock", set_clock(request)).await?.wall_clock_ns;
             clock = Clock::seen(asked, guest, now_ns());
         }
         match clock {
             Clock::Right => Ok(()),
-            _ => Err(AgentError::Nonsense {
-                call: "Resume",
-                what: format!("a clock that is {} ms off", (guest - now_ns()) / 1_000_000),
-            }),
+            Clock::Late(ns) => Err(AgentError::Clock { most_ms: ns / 1_000_000 }),
+            Clock::Wrong(ns) => {
+                let what = format!("a clock that is wrong by {} ms", ns / 1_000_000);
+                Err(AgentError::Nonsense { call: "Resume", what })
+            }
         }
     }
 

@@ -66,12 +66,35 @@ impl Shape {
         })
     }
 
+    /// The same for a pod of which the sum of its containers' limits is known: a container without one adds nothing to that, so the
+    /// guest is not smaller than any other.
+    ///
+    /// # Errors
+    /// As for one container.
+    pub fn of_pod(config: &Config, overrides: &Overrides, sum: Option<&LinuxResources>) -> Result<Self, ShapeError> {
+        let (host, guest) = (Host::read()?, &config.guest);
+        let mut shape = Self::on(host, config, overrides, sum)?;
+        if overrides.vcpus.is_none() {
+            shape.vcpus = shape.vcpus.max(guest.default_vcpus.min(host.cpus));
+        }
+        if overrides.memory.is_none() {
+            shape.memory_mib = shape.memory_mib.max(guest.default_memory.as_mib());
+        }
+        Ok(shape)
+    }
+
     /// Whether a further container with these limits finds room in a guest of this shape.
     ///
     /// # Errors
     /// Where its memory alone is more than there is.
-    pub fn holds(self, config: &Config, limits: Option<&LinuxResources>) -> Result<(), ShapeError> {
-        let Some(limit) = memory_limit(limits) else { return Ok(()) };
+    pub fn holds(
+        self,
+        config: &Config,
+        overrides: &Overrides,
+        limits: Option<&LinuxResources>,
+    ) -> Result<(), ShapeError> {
+        // Whoever says how large the guest is has said it.
+        let Some(limit) = memory_limit(limits).filter(|_| overrides.memory.is_none()) else { return Ok(()) };
         let overhead = config.guest.memory_overhead;
         let (asked, has) = (with_overhead(limit, overhead), Size::mib(self.memory_mib));
         match asked.as_mib() > self.memory_mib {
@@ -211,14 +234,27 @@ mod tests {
     #[test]
     fn a_further_container_has_to_find_room() {
         let shape = Shape { vcpus: 1, memory_mib: 512 };
-        let config = Config::default();
-        assert!(shape.holds(&config, None).is_ok());
-        assert!(shape.holds(&config, Some(&limits(-1, 1, 256 << 20))).is_ok());
+        let (config, none) = (Config::default(), Overrides::default());
+        assert!(shape.holds(&config, &none, None).is_ok());
+        assert!(shape.holds(&config, &none, Some(&limits(-1, 1, 256 << 20))).is_ok());
+        let said = Overrides { memory: Some(Size::mib(512)), ..none.clone() };
+        assert!(shape.holds(&config, &said, Some(&limits(-1, 1, 512 << 20))).is_ok());
         assert_eq!(
-            shape.holds(&config, Some(&limits(-1, 1, 512 << 20))).unwrap_err().to_string(),
+            shape.holds(&config, &none, Some(&limits(-1, 1, 512 << 20))).unwrap_err().to_string(),
             "the memory limit of 512MiB with guest.memory_overhead = 80MiB asks for 600MiB, but the pod's VM, which runs \
              already, has 512MiB: set io.chsnap.memory on the pod (sandbox) or on its first container"
         );
+    }
+
+    #[test]
+    fn a_pod_s_sum_of_limits_makes_it_no_smaller() {
+        let config = Config::default();
+        let of = |overrides: &Overrides, mib: i64| {
+            Shape::of_pod(&config, overrides, Some(&limits(-1, 1, mib << 20))).unwrap().memory_mib
+        };
+        let none = Overrides::default();
+        assert_eq!((of(&none, 64), of(&none, 600)), (512, 690));
+        assert_eq!(of(&Overrides { memory: Some(Size::mib(128)), ..none }, 600), 128);
     }
 
     #[test]

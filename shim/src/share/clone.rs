@@ -16,6 +16,9 @@ use crate::files;
 /// On a directory in which a container has been started.
 pub(super) const USED: &str = "trusted.chsnap.used";
 
+/// On one that is being made anew, and so is not whole: whoever was killed over that, or gave up, has left it so.
+const BROKEN: &str = "trusted.chsnap.broken";
+
 /// For a difference to be written: whoever waits for the container boots instead, which takes less by then.
 const BEGIN: Duration = Duration::from_secs(120);
 /// For a copy to be made anew. The root is worth nothing without.
@@ -63,6 +66,9 @@ impl CloneRoot {
     pub fn mark(&self) -> io::Result<()> {
         match self {
             Self::Layered(_) => Ok(()),
+            Self::Copied(dir) if xattr::get(dir, BROKEN).is_ok_and(|broken| broken.is_some()) => Err(io::Error::other(
+                "it was to be made anew after a failed restore, and that did not come to its end: remove the container",
+            )),
             Self::Copied(dir) => match xattr::set(dir, USED, b"y") {
                 // Neither can it be claimed then.
                 Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
@@ -111,6 +117,7 @@ impl CloneRoot {
         }) else {
             return Err(io::Error::other("its image's root is not in one directory"));
         };
+        xattr::set(dir, BROKEN, b"y")?;
         let emptied = dir.clone();
         spawn_blocking(move || files::empty(&emptied)).await??;
         let args: [&OsStr; 4] = ["-a".as_ref(), "--".as_ref(), image.as_ref(), dir.as_ref()];
@@ -119,7 +126,7 @@ impl CloneRoot {
         let late = |_| io::Error::other(format!("copying {image:?} took more than {} s", TAKE_BACK.as_secs()));
         let copied = timeout(TAKE_BACK, copy.output()).await.map_err(late)??;
         match copied.status.success() {
-            true => Ok(()),
+            true => xattr::remove(dir, BROKEN),
             false => Err(io::Error::other(String::from_utf8_lossy(&copied.stderr).trim().to_owned())),
         }
     }

@@ -29,9 +29,9 @@ use crate::files;
 
 const OVERLAY: &[u8] = b"trusted.overlay.";
 const OPAQUE: &str = "trusted.overlay.opaque";
-/// Of what stands in another place, or only half in this one.
 /// Of a file, at once: the time is looked at in between.
 const PIECE: u64 = 16 << 20;
+/// Of what stands in another place, or only half in this one.
 const ELSEWHERE: [&str; 2] = ["trusted.overlay.redirect", "trusted.overlay.metacopy"];
 
 /// The directory has a part of the difference.

@@ -86,7 +86,10 @@ impl Store {
             match fs::rename(dir, &old) {
                 Ok(()) => return Ok(old),
                 Err(error)
-                    if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotADirectory) =>
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory
+                    ) =>
                 {
                     taken = error
                 }

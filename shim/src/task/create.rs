@@ -52,7 +52,9 @@ impl Service {
             .map(|p| p.display().to_string())
             .unwrap_or_default();
         let own_limits = limits.clone();
-        if let Some(pod) = self.pod.lock().await.clone() {
+        let pod = self.pod.lock().await.clone();
+        let shape_of = if pod.is_some() { Shape::of_pod } else { Shape::of };
+        if let Some(pod) = pod {
             overrides = overrides.or(&pod.overrides);
             limits = pod.limits.or(limits);
             cgroups_path = pod.cgroups_path;
@@ -75,10 +77,10 @@ impl Service {
         if pause::is_pause(&annotations) {
             let limits = pause::limits(&annotations);
             // Before the pod is said to be there: no VM could ever be that large.
-            Shape::of(&config, &overrides, limits.as_ref())?;
+            Shape::of_pod(&config, &overrides, limits.as_ref())?;
             return self.create_pause(created, paths, Pod { overrides, cgroups_path, limits }).await;
         }
-        let shape = Shape::of(&config, &overrides, limits.as_ref())?;
+        let shape = shape_of(&config, &overrides, limits.as_ref())?;
         let local = Local::open(&paths).await?;
         let mut rootfs: Vec<RootMount> = request.rootfs.iter().map(root_mount).collect();
         if rootfs.is_empty() {
@@ -87,33 +89,28 @@ impl Service {
         let new = NewContainer { id: &request.id, rootfs: &rootfs, plan: &plan, stdio: paths.wanted() };
         phases.mark("prepare");
 
-        let (streams, sandbox, starts) = self
-            .place(
-                &new,
-                own_limits.as_ref(),
-                &Request {
-                    containerd: &self.address,
-                    namespace: &self.namespace,
-                    id: &self.id,
-                    config: &config,
-                    overrides: &overrides,
-                    shape,
-                    cgroups_path: &cgroups_path,
-                },
-                &mut phases,
-            )
-            .await?;
-        let init = Arc::new(Process::new(&request.id, "", paths, streams, local, sandbox.pid()));
+        let request = Request {
+            containerd: &self.address,
+            namespace: &self.namespace,
+            id: &self.id,
+            config: &config,
+            overrides: &overrides,
+            shape,
+            cgroups_path: &cgroups_path,
+        };
+        let make = |streams, sandbox: &Sandbox| {
+            let init = Arc::new(Process::new(new.id, "", paths, streams, local, sandbox.pid()));
+            Container { id: new.id.into(), bundle: created.bundle.clone(), init, execs: Mutex::default() }
+        };
+        let (container, sandbox, starts) = self.place(&new, own_limits.as_ref(), &request, &mut phases, make).await?;
+        let init = &container.init;
         // From the next line on, an end may be told.
         created.pid = init.pid();
         if starts {
             created.checkpoint = restored_from(sandbox.started());
         }
         self.events.publish(created).await;
-        self.watch_created(&init, &sandbox);
-        let container =
-            Arc::new(Container { id: request.id.clone(), bundle: request.bundle, init, execs: Mutex::default() });
-        self.containers.lock().await.insert(request.id, Arc::clone(&container));
+        self.watch_created(init, &sandbox);
         Ok(container)
     }
 
@@ -132,24 +129,59 @@ impl Service {
         TaskError::Abandoned(id)
     }
 
-    /// Puts the container into the pod's machine, which the first one starts: the last answer says whether it has.
+    /// Puts the container into the pod's machine, which the first one starts: the last answer says whether it has. It is one of
+    /// the pod's before the machine is let go of, which ends with the last of them.
     async fn place(
         &self,
         new: &NewContainer<'_>,
         limits: Option<&LinuxResources>,
         request: &Request<'_>,
         phases: &mut Phases,
-    ) -> Result<(CreateProcessResponse, Arc<Sandbox>, bool), TaskError> {
+        make: impl FnOnce(CreateProcessResponse, &Sandbox) -> Container,
+    ) -> Result<(Arc<Container>, Arc<Sandbox>, bool), TaskError> {
         let mut slot = self.sandbox.lock().await;
         if self.containers.lock().await.contains_key(new.id) {
             return Err(TaskError::Exists { what: "container", id: new.id.into() });
         }
-        if let Some(sandbox) = slot.as_ref() {
-            sandbox.accepts(request.overrides)?;
-            sandbox.shape().holds(request.config, limits)?;
-            let streams = sandbox.add(new).await?;
-            return Ok((streams, Arc::clone(sandbox), false));
+        self.give_up_dead(&mut slot).await;
+        let (streams, sandbox, starts) = match slot.as_ref() {
+            Some(sandbox) => {
+                sandbox.accepts(request.overrides)?;
+                sandbox.shape().holds(request.config, request.overrides, limits)?;
+                (sandbox.add(new).await?, Arc::clone(sandbox), false)
+            }
+            None => {
+                let (streams, sandbox) = self.start_machine(new, request, phases).await?;
+                *slot = Some(Arc::clone(&sandbox));
+                (streams, sandbox, true)
+            }
+        };
+        let container = Arc::new(make(streams, &sandbox));
+        self.containers.lock().await.insert(new.id.into(), Arc::clone(&container));
+        Ok((container, sandbox, starts))
+    }
+
+    /// A pod whose sandbox goes on gets another machine when its own has died, and all that ran there has ended with it.
+    async fn give_up_dead(&self, slot: &mut Option<Arc<Sandbox>>) {
+        let is_dead = |sandbox: &mut Arc<Sandbox>| sandbox.gone().borrow().is_some();
+        if self.pod.lock().await.is_none() || !slot.as_mut().is_some_and(is_dead) {
+            return;
         }
+        let containers: Vec<_> = self.containers.lock().await.values().cloned().collect();
+        for container in containers.iter().filter(|container| !container.init.pauses()) {
+            container.init.wait().await;
+        }
+        if let Some(dead) = slot.take() {
+            dead.stop().await;
+        }
+    }
+
+    async fn start_machine(
+        &self,
+        new: &NewContainer<'_>,
+        request: &Request<'_>,
+        phases: &mut Phases,
+    ) -> Result<(CreateProcessResponse, Arc<Sandbox>), TaskError> {
         let (sandbox, streams) = Sandbox::start(request, new, phases).await?;
         let sandbox = Arc::new(sandbox);
         // In the guest the agent sees to it; here it is about the whole guest.
@@ -180,8 +212,7 @@ impl Service {
             })
             .await;
         }
-        *slot = Some(Arc::clone(&sandbox));
-        Ok((streams, sandbox, true))
+        Ok((streams, sandbox))
     }
 }
 

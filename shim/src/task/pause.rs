@@ -33,7 +33,7 @@ const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 pub(super) struct Pod {
     pub overrides: Overrides,
     pub cgroups_path: String,
-    /// `None`: they are not known, or some container has none.
+    /// Their sum, to which a container without any adds nothing; `None` where it is not known.
     pub limits: Option<LinuxResources>,
 }
 
@@ -102,6 +102,8 @@ impl Service {
         let well = [Signal::SIGTERM, Signal::SIGINT].iter().any(|known| *known as u32 == signal);
         let exit = Exit::now(if well { 0 } else { 128 + signal });
         if process.stopped(exit.clone()) {
+            // Whoever reads its streams waits for their end.
+            process.close().await;
             tell_exit(&self.events, process, &exit).await;
         }
         process.told();

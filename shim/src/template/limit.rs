@@ -3,12 +3,17 @@
 
 use std::{
     collections::BTreeSet,
-    fs, io,
-    os::unix::fs::MetadataExt,
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
     time::Duration,
 };
 
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use thiserror::Error;
 use tokio::{task::spawn_blocking, time::sleep};
 
@@ -80,15 +85,18 @@ async fn look(root: &Path, limit: u64) -> Result<(), ExcessError> {
 /// While somebody writes to it: what is gone by then was not much. Holes take no room, and get none in a copy either.
 fn measure(top: PathBuf, limit: u64) -> Result<(), ExcessError> {
     let (mut bytes, mut entries, mut linked) = (0, 0, BTreeSet::new());
-    let mut below = vec![(top, 0)];
+    let Some(root) = there(&top, File::open(&top))? else { return Ok(()) };
+    let mut below = vec![(PathBuf::from("."), 0)];
     while let Some((dir, depth)) = below.pop() {
         if depth > MAX_DEPTH {
             return Err(ExcessError::Depth);
         }
-        let Some(names) = there(&dir, fs::read_dir(&dir))? else { continue };
+        let Some(open) = there(&dir, inside(&root, &dir))? else { continue };
+        let names = fs::read_dir(format!("/proc/self/fd/{}", open.as_raw_fd()));
+        let Some(names) = there(&dir, names)? else { continue };
         for entry in names {
             let Some(entry) = there(&dir, entry)? else { continue };
-            let path = entry.path();
+            let path = dir.join(entry.file_name());
             let Some(meta) = there(&path, entry.metadata())? else { continue };
             entries += 1;
             if meta.is_dir() {
@@ -107,17 +115,26 @@ fn measure(top: PathBuf, limit: u64) -> Result<(), ExcessError> {
     Ok(())
 }
 
+/// A directory below `root`, which is somebody's who may put a link in its place at any time.
+fn inside(root: &File, dir: &Path) -> io::Result<OwnedFd> {
+    let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV;
+    let how = OpenHow::new().flags(OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC).resolve(resolve);
+    Ok(openat2(root, dir, how)?)
+}
+
 fn there<T>(path: &Path, found: io::Result<T>) -> Result<Option<T>, ExcessError> {
     match found {
         Ok(found) => Ok(Some(found)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        // Gone, or something else by now.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP)) => Ok(None),
+        Err(error) if error.raw_os_error() == Some(libc::ENAMETOOLONG) => Err(ExcessError::Depth),
         Err(source) => Err(ExcessError::Look { path: path.into(), source }),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{fs::File, future::pending};
+    use std::future::pending;
 
     use super::*;
 
@@ -147,6 +164,8 @@ mod tests {
         (0..5).for_each(|number| fs::hard_link(dir.path().join("a"), dir.path().join(number.to_string())).unwrap());
         File::create(dir.path().join("sparse")).unwrap().set_len(1 << 40).unwrap();
         std::os::unix::fs::symlink("/", dir.path().join("link")).unwrap();
+        let root = File::open(dir.path()).unwrap();
+        assert!(inside(&root, Path::new("./link")).is_err() && inside(&root, Path::new("./link/etc")).is_err());
         measure(dir.path().into(), 2 << 20).unwrap();
         measure(dir.path().join("none"), 0).unwrap();
         // As deep as a path allows.

@@ -172,7 +172,9 @@ fn told(info: &InfoResponse) -> String {
 fn is_lasting(error: &TemplateError) -> bool {
     match error {
         TemplateError::Start(_) | TemplateError::Room(_) => true,
-        TemplateError::Process(error) => !matches!(error, ProcessError::Layers),
+        TemplateError::Process(error) => {
+            !matches!(error, ProcessError::Layers | ProcessError::Excess(ExcessError::Look { .. }))
+        }
         TemplateError::Build(error) => !matches!(error, BuildError::Busy { .. } | BuildError::Exists { .. }),
         _ => false,
     }

@@ -72,7 +72,7 @@ socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"READY=1", os.environ["
 server.serve_forever()
 "#;
 /// Of the container; its guest has a little more.
-const MEMORY: &str = "314572800";
+const MEMORY: u64 = 314_572_800;
 const IN_IMAGE: &str = "127.0.0.1 localhost of-the-image\n";
 
 /// With image snapshots, built beside pods.
@@ -94,8 +94,12 @@ fn app<'a>(env: &'a Env, settings: &Settings, who: &str) -> Result<Container<'a>
     // The first in the root, the second below a mount of the guest's.
     let mounts = [mount(&hosts, "/etc/hosts"), mount(&secret, "/run/secrets")];
     let app = container(env, settings).python(APP).annotation("io.chsnap.ready", "notify");
-    let app =
-        app.annotation("io.chsnap.expose", "8080").flags(["--env", &format!("WHO={who}"), "--memory-limit", MEMORY]);
+    let app = app.annotation("io.chsnap.expose", "8080").flags([
+        "--env",
+        &format!("WHO={who}"),
+        "--memory-limit",
+        &MEMORY.to_string(),
+    ]);
     Ok(app.flags(["--mount", &mounts[0], "--mount", &mounts[1]]))
 }
 
@@ -162,7 +166,7 @@ fn initialised(env: &Env) -> Result<()> {
         ensure!(*started - 0.05 <= in_hook && in_hook <= before + 0.05, "{started} <= {in_hook} <= {before}");
         ensure!(answer["secret"] == *who, "{answer}");
         let metrics: Value = serde_json::from_str(&env.ctr().text(["task", "metrics", "--format", "json", &pod.id])?)?;
-        ensure!(metrics["memory"]["usage_limit"].to_string() == MEMORY, "its limit: {metrics}");
+        ensure!(metrics["memory"]["usage_limit"] == MEMORY, "its limit: {metrics}");
         ensure!(answer["events"] == serde_json::json!(["before", "after"]), "{answer}");
         ensure!(answer["who"] == *who && answer["hostname"] == pod.id.as_str(), "{answer}");
         ensure!(answer["hosts"] == format!("127.0.0.1 {who}\n"), "{answer}");

@@ -24,7 +24,7 @@ pub fn not_ready(env: &Env) -> Result<()> {
         (
             "head -c 1M /dev/zero > /big; : > /ready; while :; do sleep 0.1; done",
             60,
-            "bytes to its root file system before it was ready, and [snapshot] root_limit is 262144",
+            "bytes to its root file system, and [snapshot] root_limit is 262144",
         ),
     ] {
         let settings = settings.clone().set("deadlines", "ready", (seconds * patience()).to_string());
