@@ -89,7 +89,7 @@ if [ "$ARCH" = arm64 ] && [ -z "${CPU:-}" ]; then variables+=("CHSNAP_TEST_FEATU
 for name in CHSNAP_TEST_WAY CHSNAP_TEST_MEMORY_RESTORE; do [ -z "${!name:-}" ] || variables+=("$name=${!name}"); done
 rc=0
 "$NODE" run "env $(printf '%q ' "${variables[@]}" "$OUT/test")" || rc=$?
-[ ! -f "$OUT/times" ] || cat "$OUT/times" >>"$CHSNAP_TEST_TIMES"
+[ -z "${CHSNAP_TEST_TIMES:-}" ] || [ "$CHSNAP_TEST_TIMES" -ef "$OUT/times" ] || cat "$OUT/times" >>"$CHSNAP_TEST_TIMES" || true
 if [ -s "$LOG" ]; then
   # A node that hangs has another status than cases that fail.
   python3 "$ROOT/hack/node/matrix.py" --arch "$ARCH" --machine "$machine" --accelerator KVM --commit "$commit" \
