@@ -44,6 +44,9 @@ overlay() {
 }
 
 overlay root /new
+# A real file system, because overlays over overlays are not to be had. Before the project, which may be below it.
+mkdir -p /new/tmp
+mount --bind /scratch/tmp /new/tmp
 # The root may be the host's, whose project directory may be a file system of its own.
 overlay project "/new$project"
 overlay target "/new$target"
@@ -60,8 +63,6 @@ mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts dev/pts
 mount -t tmpfs tmpfs dev/shm
 mount -t tmpfs -o mode=755 tmpfs run
 mkdir -p run/lock
-# A real file system, because overlays over overlays are not to be had.
-mount --bind /scratch/tmp tmp
 mount --bind /scratch/containerd var/lib/containerd
 mount --bind /scratch/tests "/new$target/tests"
 mount -t cgroup2 cgroup2 sys/fs/cgroup || fail "no cgroup v2"
