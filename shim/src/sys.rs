@@ -104,25 +104,60 @@ pub(crate) fn restrict_tree(tree: &OwnedFd, flags: MsFlags) -> nix::Result<()> {
     Errno::result(result).map(drop)
 }
 
-/// Gives back the mappings of this program's code: what runs again is mapped again, from the page cache. To start a pod takes
-/// most of the program, to watch over one takes little of it, and there is a shim for each.
-pub(crate) fn unmap_code() {
-    let code = |line: &str, program: &str| -> Option<(usize, usize)> {
-        let mut words = line.split_ascii_whitespace();
-        let (range, mode) = (words.next()?, words.next()?);
-        let (start, end) = range.split_once('-')?;
-        let is_code = mode == "r-xp" && line.ends_with(program);
-        is_code.then_some((usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?))
-    };
-    let Ok(program) = fs::read_link("/proc/self/exe") else { return };
-    let program = format!(" {}", program.display());
-    let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    for (start, end) in maps.lines().filter_map(|line| code(line, &program)) {
-        let code = ptr::with_exposed_provenance_mut(start);
-        // SAFETY: a private mapping of this program's file that cannot be written through, so its pages are the file's, and
-        // come again from there. Relocated data has mappings of its own.
-        unsafe { libc::madvise(code, end - start, libc::MADV_DONTNEED) };
+/// Keeps to one heap, and gives large blocks back to the kernel at once. Each thread would else have a heap of its own, of which
+/// what it had touched stays; and threads there are, for files and for looking up snapshots.
+pub(crate) fn bound_malloc() {
+    // SAFETY: takes numbers only.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 64 << 10);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 64 << 10);
     }
+}
+
+/// Gives back what the start of a pod has used of the heap.
+pub(crate) fn trim_heap() {
+    // SAFETY: takes a number only.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0)
+    };
+}
+
+/// Gives back what is mapped of this program's code and constants, and of its libraries': what is needed again is mapped again, from
+/// the page cache. To start a pod takes most of the program, to watch over one takes little of it, and there is a shim for
+/// each.
+pub(crate) fn unmap_code() {
+    let smaps = fs::read_to_string("/proc/self/smaps").unwrap_or_default();
+    for (start, end) in unchanged(&smaps) {
+        let mapped = ptr::with_exposed_provenance_mut(start);
+        // SAFETY: a private mapping of a file, that cannot be written through and has no page of its own (proc(5), Anonymous):
+        // all of its pages are the file's, and come again from there.
+        unsafe { libc::madvise(mapped, end - start, libc::MADV_DONTNEED) };
+    }
+}
+
+/// Where files are mapped for reading, and no page differs from the file: relocated data is not among them.
+fn unchanged(smaps: &str) -> Vec<(usize, usize)> {
+    let (mut found, mut mapping) = (Vec::new(), None);
+    for line in smaps.lines() {
+        let words: Vec<_> = line.split_ascii_whitespace().collect();
+        match words[..] {
+            ["Anonymous:", "0", "kB"] => found.extend(mapping.take()),
+            ["Anonymous:", ..] => mapping = None,
+            [range, mode, _, _, _, path, ..] if range.contains('-') => {
+                mapping = (matches!(mode, "r-xp" | "r--p") && path.starts_with('/'))
+                    .then(|| range.split_once('-'))
+                    .flatten()
+                    .and_then(|(start, end)| {
+                        Some((usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?))
+                    });
+            }
+            _ => {}
+        }
+    }
+    found
 }
 
 /// Last, for it is not known to let the other calls through.
@@ -165,6 +200,24 @@ mod tests {
             }
         }
         sum
+    }
+
+    #[test]
+    fn only_what_is_as_in_its_file_is_given_back() {
+        let smaps = "\
+1000-2000 r-xp 00000000 fe:00 7 /bin/shim
+Rss: 4 kB
+Anonymous:             0 kB
+2000-3000 r--p 00001000 fe:00 7 /bin/shim
+Anonymous:             4 kB
+3000-4000 rw-p 00002000 fe:00 7 /bin/shim
+Anonymous:             0 kB
+5000-6000 r--p 00000000 00:00 0 [vvar]
+Anonymous:             0 kB
+7000-8000 r--p 00000000 fe:00 9 /lib/a library
+Anonymous:             0 kB
+";
+        assert_eq!(unchanged(smaps), [(0x1000, 0x2000), (0x7000, 0x8000)]);
     }
 
     #[test]

@@ -72,6 +72,7 @@ impl Service {
         self.tell_started(process).await;
         let container = if process.exec.is_empty() { self.container(&process.container).await.ok() } else { None };
         if container.is_some() {
+            sys::trim_heap();
             sys::unmap_code();
             self.watchers.add(watch_oom(Arc::clone(&self.events), Arc::clone(process), Arc::clone(&sandbox)));
         }

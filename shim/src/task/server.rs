@@ -32,6 +32,7 @@ use tokio::{
 };
 
 use super::{Api, Events, Exit, Service, clean_up::clean_up, info::runtime_info};
+use crate::sys;
 
 /// The runtime's name at containerd.
 pub const RUNTIME: &str = "io.containerd.chsnap.v2";
@@ -164,6 +165,7 @@ pub fn offers_v3() -> bool {
 /// # Errors
 /// See [`ServeError`].
 pub async fn serve(flags: &Flags) -> Result<(), ServeError> {
+    sys::bound_malloc();
     let containerd = env::var("TTRPC_ADDRESS").ok().filter(|a| !a.is_empty()).ok_or(ServeError::NoAddress)?;
     containerd_shim::logger::init(flags.debug, "info", &flags.namespace, &flags.id)?;
     let exit = Arc::new(ExitSignal::default());
