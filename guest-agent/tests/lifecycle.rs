@@ -146,6 +146,8 @@ async fn execs_join_the_container() {
     let nope = Spec::new(&agent.root(), &["nope"]);
     agent.exec("c", "n", &nope).await.unwrap();
     assert_eq!(refusal(agent.start_process("c", "n").await).0, Code::NOT_FOUND);
+    // It says why before it ends.
+    agent.wait("c", "n").await;
     agent.client.delete_process(common::soon(), &common::process("c", "n")).await.unwrap();
 }
 
