@@ -1,6 +1,6 @@
 //! Create: from containerd's request to a container whose machine runs.
 
-use std::{path::Path, sync::Arc};
+use std::{os::unix::ffi::OsStrExt, path::Path, sync::Arc};
 
 use chsnap_protocol::agent::CreateProcessResponse;
 use containerd_shim_protos::{
@@ -72,8 +72,8 @@ impl Service {
         };
         // For the `delete` action, should this process be killed: it is not told the configuration.
         let dir = dir_of(&config.state.dir, &self.namespace, &self.id).map_err(StartError::from)?;
-        pause::note(&request.bundle, &dir)
-            .map_err(|source| TaskError::Bundle { path: Path::new(&request.bundle).join(DIR_FILE), source })?;
+        let note = Path::new(&request.bundle).join(DIR_FILE);
+        std::fs::write(&note, dir.as_os_str().as_bytes()).map_err(|source| TaskError::Bundle { path: note, source })?;
         if pause::is_pause(&annotations) {
             let limits = pause::limits(&annotations);
             // Before the pod is said to be there: no VM could ever be that large.

@@ -2,7 +2,7 @@
 //! that sleeps and holds the pod's namespaces. Here it is an entry in this process, which behaves as that process would,
 //! and costs no VM. What is asked of the pod as a whole is kept for its first real container, which starts the VM.
 
-use std::{collections::HashMap, path::Path, sync::Arc};
+use std::{collections::HashMap, sync::Arc};
 
 use chsnap_protocol::agent::CreateProcessResponse;
 use containerd_shim_protos::{
@@ -118,12 +118,6 @@ pub(super) fn pids(process: &Process) -> Vec<ProcessInfo> {
     let mut info = ProcessInfo::new();
     info.pid = process.pid();
     vec![info]
-}
-
-/// Only what has the pod's directory is removed with it; a sandbox container's bundle names it as well.
-pub(super) fn note(bundle: &str, dir: &Path) -> std::io::Result<()> {
-    use std::os::unix::ffi::OsStrExt;
-    std::fs::write(Path::new(bundle).join(super::create::DIR_FILE), dir.as_os_str().as_bytes())
 }
 
 #[cfg(test)]

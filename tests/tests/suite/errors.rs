@@ -15,7 +15,7 @@ use crate::{
     },
     errors_host::{
         annotation_of_pod, memory_of_pod, pod_exists, pod_without_shim, shim_killed, shim_killed_in_boot,
-        virtiofsd_killed_in_boot, vmm_killed_in_boot,
+        virtiofsd_killed_in_boot, vmm_gives_up, vmm_killed_in_boot, vmm_says_nothing,
     },
     share::Tmpfs,
 };
@@ -201,7 +201,7 @@ fn vmm_false(env: &Env) -> Result<String> {
 }
 
 /// A VMM that is this shell script.
-fn with_vmm<'a>(env: &'a Env, script: &str) -> Result<Container<'a>> {
+pub fn with_vmm<'a>(env: &'a Env, script: &str) -> Result<Container<'a>> {
     let program = env.dir.join("vmm");
     script_at(&program, script)?;
     Ok(with(env, |s| s.path("vmm", vmm_key(env), program)))
@@ -219,24 +219,6 @@ fn vmm_old(env: &Env) -> Result<String> {
 fn vmm_hangs(env: &Env) -> Result<String> {
     let container = with_vmm(env, "exec sleep 1000")?.settings(|s| s.set("deadlines", "boot", "\"2s\""));
     refused(container)
-}
-
-/// One that tells its version, and not more.
-fn pretending(env: &Env, then: &str) -> Result<String> {
-    let version =
-        if env.vmm == Vmm::CloudHypervisor { "cloud-hypervisor v53.0.0" } else { "QEMU emulator version 10.0.2" };
-    Ok(format!("[ \"$1\" = --version ] && exec echo '{version}'\n{then}"))
-}
-
-fn vmm_gives_up(env: &Env) -> Result<String> {
-    let script = pretending(env, "echo 'no such machine here' >&2; exit 3")?;
-    failed(with_vmm(env, &script)?.annotation("io.chsnap.snapshot", "off").command(["true"]).output()?, A_BOOT)
-}
-
-fn vmm_says_nothing(env: &Env) -> Result<String> {
-    let container = with_vmm(env, &pretending(env, "exec sleep 1000")?)?.annotation("io.chsnap.snapshot", "off");
-    let container = container.settings(|s| s.set("deadlines", "boot", "\"3s\"").set("vmm", "accelerator", "\"auto\""));
-    failed(container.command(["true"]).output()?, A_BOOT)
 }
 
 fn virtiofsd_missing(env: &Env) -> Result<String> {

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use chsnap_tests::{Containerd, Env, IMAGE, Tools, Version, eventually, http, kill};
+use chsnap_tests::{Containerd, Env, IMAGE, Tools, Version, Vmm, eventually, http, kill};
 use nix::sys::signal::Signal;
 
 use crate::{
-    errors::{A_BOOT, AT_ONCE, failed},
+    errors::{A_BOOT, AT_ONCE, failed, with_vmm},
     events::{Event, follow},
 };
 
@@ -66,6 +66,24 @@ pub fn memory_of_pod(env: &Env) -> Result<String> {
 pub fn pod_without_shim(env: &Env) -> Result<String> {
     let container = env.container().annotation("io.kubernetes.cri.sandbox-id", "no-such-pod").command(["true"]);
     failed(container.output()?, AT_ONCE)
+}
+
+/// One that tells its version, and not more.
+fn pretending(env: &Env, then: &str) -> Result<String> {
+    let version =
+        if env.vmm == Vmm::CloudHypervisor { "cloud-hypervisor v53.0.0" } else { "QEMU emulator version 10.0.2" };
+    Ok(format!("[ \"$1\" = --version ] && exec echo '{version}'\n{then}"))
+}
+
+pub fn vmm_gives_up(env: &Env) -> Result<String> {
+    let script = pretending(env, "echo 'no such machine here' >&2; exit 3")?;
+    failed(with_vmm(env, &script)?.annotation("io.chsnap.snapshot", "off").command(["true"]).output()?, A_BOOT)
+}
+
+pub fn vmm_says_nothing(env: &Env) -> Result<String> {
+    let container = with_vmm(env, &pretending(env, "exec sleep 1000")?)?.annotation("io.chsnap.snapshot", "off");
+    let container = container.settings(|s| s.set("deadlines", "boot", "\"3s\"").set("vmm", "accelerator", "\"auto\""));
+    failed(container.command(["true"]).output()?, A_BOOT)
 }
 
 /// Nobody is left to say anything in the container's output. containerd tells the end, and knows no such task any more;
