@@ -49,6 +49,20 @@ pub fn marked(run: &Path) -> Vec<Process> {
     found
 }
 
+/// Who else has `file` (as a link in `/proc/<pid>/fd` names it) open.
+pub(crate) fn holders(file: &Path) -> Vec<String> {
+    let me = std::process::id() as i32;
+    let holds = |pid: &i32| {
+        let open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        open.into_iter().any(|fd| fs::read_link(fd.path()).is_ok_and(|link| link == file))
+    };
+    let told = |pid| {
+        let args = text(Path::new(&format!("/proc/{pid}/cmdline"))).unwrap_or_default().replace('\0', " ");
+        format!("process {pid}: {}", args.trim())
+    };
+    pids().into_iter().filter(|pid| *pid != me).filter(holds).map(told).collect()
+}
+
 /// Sends a signal.
 pub fn kill(pid: i32, signal: signal::Signal) -> Result<()> {
     signal::kill(Pid::from_raw(pid), signal).with_context(|| format!("{signal} to process {pid}"))

@@ -2,15 +2,22 @@
 
 use std::{
     ffi::OsStr,
-    fs::File,
+    fs::{self, File},
     io::{Read, Write},
+    os::fd::AsRawFd,
+    path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
-    sync::OnceLock,
-    thread::{self, JoinHandle},
+    sync::{OnceLock, mpsc},
+    thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
+
+use crate::proc;
+
+/// How long what a program has started may hold its streams after its end.
+const STREAM_LIMIT: Duration = Duration::from_secs(10);
 
 /// How many times longer than elsewhere everything may take: `CHSNAP_TEST_PATIENCE`, for emulated machines.
 #[must_use]
@@ -120,7 +127,7 @@ impl Run {
             // Whether the program reads everything is the program's affair.
             thread::spawn(move || pipe.write_all(&bytes));
         }
-        let stderr = child.stderr.take().map(collect);
+        let stderr = child.stderr.take().map(Stream::collect);
         Ok(Running { child, stderr, started: Instant::now(), limit: self.limit * patience(), what })
     }
 
@@ -141,7 +148,7 @@ impl Run {
 pub struct Running {
     /// The process; its stdout is there to be taken.
     pub child: Child,
-    stderr: Option<JoinHandle<Vec<u8>>>,
+    stderr: Option<Stream>,
     started: Instant,
     limit: Duration,
     what: String,
@@ -150,31 +157,25 @@ pub struct Running {
 impl Running {
     /// Waits for its end, with everything it prints.
     pub fn output(mut self) -> Result<Output> {
-        let stdout = match self.child.stdout.take() {
-            Some(stdout) => collect(stdout),
-            None => thread::spawn(Vec::new),
-        };
-        self.finish(stdout)
-    }
-
-    fn finish(mut self, stdout: JoinHandle<Vec<u8>>) -> Result<Output> {
-        let status = loop {
+        let stdout = self.child.stdout.take().map(Stream::collect);
+        let (status, in_time) = loop {
             if let Some(status) = self.child.try_wait()? {
-                break status;
+                break (status, true);
             }
             if self.started.elapsed() > self.limit {
                 self.child.kill()?;
-                self.child.wait()?;
-                let said = self.stderr.take().and_then(|t| t.join().ok()).unwrap_or_default();
-                let said = String::from_utf8_lossy(&said);
-                bail!("{} did not end within {:?}; it said: {said}", self.what, self.limit);
+                break (self.child.wait()?, false);
             }
             thread::sleep(Duration::from_millis(10));
         };
         let took = self.started.elapsed();
-        let stdout = stdout.join().unwrap_or_default();
-        let stderr = self.stderr.take().and_then(|t| t.join().ok()).unwrap_or_default();
-        let stderr = String::from_utf8_lossy(&stderr).into_owned();
+        let all = |stream: Option<Stream>, name| stream.map_or(Ok(Vec::new()), |s| s.all(&self.what, name));
+        if !in_time {
+            let said = all(self.stderr.take(), "stderr").unwrap_or_else(|e| format!("{e:#}").into_bytes());
+            bail!("{} did not end within {:?}; it said: {}", self.what, self.limit, String::from_utf8_lossy(&said));
+        }
+        let stdout = all(stdout, "stdout")?;
+        let stderr = String::from_utf8_lossy(&all(self.stderr.take(), "stderr")?).into_owned();
         Ok(Output { code: code(status), stdout, stderr, took, what: std::mem::take(&mut self.what) })
     }
 }
@@ -217,12 +218,34 @@ impl Output {
     }
 }
 
-fn collect(mut from: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
-    thread::spawn(move || {
-        let mut bytes = Vec::new();
-        let _ = from.read_to_end(&mut bytes);
-        bytes
-    })
+/// What a program prints, read beside everything else.
+#[derive(Debug)]
+struct Stream {
+    /// The pipe, as `/proc` names it.
+    pipe: PathBuf,
+    bytes: mpsc::Receiver<Vec<u8>>,
+}
+
+impl Stream {
+    fn collect(mut from: impl Read + AsRawFd + Send + 'static) -> Self {
+        let pipe = fs::read_link(format!("/proc/self/fd/{}", from.as_raw_fd())).unwrap_or_default();
+        let (done, bytes) = mpsc::channel();
+        thread::spawn(move || {
+            let mut bytes = Vec::new();
+            let _ = from.read_to_end(&mut bytes);
+            let _ = done.send(bytes);
+        });
+        Self { pipe, bytes }
+    }
+
+    /// Everything up to its end, which may come later than the program's: whatever it started can hold it, too.
+    fn all(self, what: &str, name: &str) -> Result<Vec<u8>> {
+        let limit = STREAM_LIMIT * patience();
+        self.bytes.recv_timeout(limit).ok().with_context(|| {
+            let holders = proc::holders(&self.pipe).join("; ");
+            format!("{what} ended, but its {name} was still open {limit:?} later, in: {holders}")
+        })
+    }
 }
 
 fn code(status: ExitStatus) -> i32 {

@@ -17,7 +17,7 @@ use super::{
     stdio::{Local, Paths},
 };
 use crate::{
-    config::{Annotations, Config, Shape},
+    config::{Annotations, Shape},
     oom,
     sandbox::{NewContainer, Phases, Plan, Request, Sandbox, StartError, Started, Wanting, dir_of},
     share::RootMount,
@@ -38,7 +38,7 @@ impl Service {
         }
         let path = Path::new(&request.bundle).join("config.json");
         let spec = Spec::load(&path).map_err(|source| TaskError::Spec { path, source })?;
-        let config = Config::load(options::config_path(request.options.as_ref())?.as_deref())?;
+        let config = options::config(request.options.as_ref())?;
         if !self.debug {
             log::set_max_level(config.log.level.into());
         }

@@ -8,29 +8,31 @@ use nix::sys::signal::Signal;
 
 use crate::{
     errors_asked::{
-        bind_socket, capability_unknown, cgroup_file_unknown, checkpoint, disk_limits, foreign_mount_namespace,
-        foreign_pid_namespace, host_cpus, host_device, host_ipc, host_network, host_pid, id_too_long, intel_rdt,
-        loop_root, mapped_mount, mount_option, mount_type, no_oom_killer, oci_hooks, pause, personality, propagation,
-        rlimit_unknown, scheduling, sysctl_unknown, time_namespace, user_namespace,
+        bind_socket, capability_unknown, cgroup_file_unknown, checkpoint, config_body, disk_limits,
+        foreign_mount_namespace, foreign_pid_namespace, host_cpus, host_device, host_ipc, host_network, host_pid,
+        id_too_long, intel_rdt, loop_root, mapped_mount, mount_option, mount_type, no_oom_killer, oci_hooks, pause,
+        personality, propagation, rlimit_unknown, root_mount_fails, scheduling, sysctl_unknown, time_namespace,
+        too_many_layers, user_namespace,
     },
     errors_host::{
-        annotation_of_pod, memory_of_pod, pod_exists, pod_without_shim, shim_killed, shim_killed_in_boot,
-        virtiofsd_killed_in_boot, vmm_gives_up, vmm_killed_in_boot, vmm_says_nothing,
+        agent_of_another_release, annotation_of_pod, cgroup_refused, cloud_hypervisor_wanted, memory_of_pod,
+        pod_exists, pod_without_shim, shim_killed, shim_killed_in_boot, virtiofsd_killed_in_boot, vmm_gives_up,
+        vmm_killed_in_boot, vmm_says_nothing,
     },
     share::Tmpfs,
 };
 
 crate::errors! {
     config_missing, config_directory, config_relative, config_syntax, config_unknown_key, config_unknown_table,
-    config_bad_value, config_out_of_range, config_relative_value, annotation_unknown, annotation_value, annotation_of_pod, memory_of_pod,
+    config_body, config_bad_value, config_out_of_range, config_relative_value, annotation_unknown, annotation_value, annotation_of_pod, memory_of_pod,
     snapshot_required, vcpus_too_many, memory_too_large, limit_too_large,
     host_network, host_pid, host_ipc, host_device, foreign_pid_namespace, foreign_mount_namespace, user_namespace, oci_hooks,
     intel_rdt, personality, scheduling, host_cpus, disk_limits, no_oom_killer, propagation, mapped_mount, mount_option, bind_socket,
-    time_namespace, capability_unknown, rlimit_unknown, sysctl_unknown, cgroup_file_unknown, loop_root,
+    time_namespace, capability_unknown, rlimit_unknown, sysctl_unknown, cgroup_file_unknown, loop_root, root_mount_fails, too_many_layers,
     checkpoint, pause, mount_type,
-    log_binary, bind_source_missing, cgroup_path, state_dir_unusable, state_dir_full, id_too_long, pod_exists, pod_without_shim, port_busy, kvm_wanted,
+    log_binary, bind_source_missing, cgroup_path, cgroup_refused, state_dir_unusable, state_dir_full, id_too_long, pod_exists, pod_without_shim, port_busy, kvm_wanted, cloud_hypervisor_wanted,
     vmm_missing, vmm_false, vmm_old, vmm_hangs, vmm_gives_up, vmm_says_nothing, virtiofsd_missing, virtiofsd_false, virtiofsd_old, virtiofsd_of_qemu, virtiofsd_ends,
-    kernel_missing, kernel_wrong, initramfs_missing, initramfs_wrong, init_fails, guest_panics, guest_hangs,
+    kernel_missing, kernel_wrong, initramfs_missing, initramfs_wrong, init_fails, guest_panics, guest_hangs, agent_of_another_release,
     vmm_killed_in_boot, virtiofsd_killed_in_boot, shim_killed_in_boot,
     guest_crashes, vmm_killed, virtiofsd_killed, shim_killed, agent_silent,
     program_missing, exec_missing, exec_stopped, exec_twice, kill_finished,
@@ -207,7 +209,7 @@ pub fn with_vmm<'a>(env: &'a Env, script: &str) -> Result<Container<'a>> {
     Ok(with(env, |s| s.path("vmm", vmm_key(env), program)))
 }
 
-fn script_at(path: &Path, script: &str) -> Result<()> {
+pub fn script_at(path: &Path, script: &str) -> Result<()> {
     fs::write(path, format!("#!/bin/sh\n{script}\n"))?;
     Ok(fs::set_permissions(path, fs::Permissions::from_mode(0o755))?)
 }

@@ -3,9 +3,10 @@
 use std::{fs, path::Path, time::Duration};
 
 use anyhow::{Result, bail, ensure};
-use chsnap_tests::Env;
+use chsnap_tests::{Env, patience};
 use containerd_shim_protos::{
     api::{CreateTaskRequest, Mount, UpdateTaskRequest},
+    protobuf::well_known_types::any::Any,
     ttrpc::{self, context::with_duration},
 };
 use serde_json::{Value, json};
@@ -120,7 +121,7 @@ pub fn mapped_mount(env: &Env) -> Result<String> {
         "destination": "/mnt", "type": "bind", "source": "/", "options": ["rbind"],
         "uidMappings": mapping, "gidMappings": mapping,
     });
-    further(env, |spec| spec["mounts"] = json!([mount]), vec![])
+    further(env, |spec| spec["mounts"] = json!([mount]), |_| ())
 }
 
 pub fn mount_option(env: &Env) -> Result<String> {
@@ -162,17 +163,37 @@ pub fn cgroup_file_unknown(env: &Env) -> Result<String> {
 
 /// No snapshotter of `ctr` mounts one, so the shim of a pod is asked for a further container on it.
 pub fn loop_root(env: &Env) -> Result<String> {
-    let root = Mount {
-        type_: "erofs".into(),
-        source: "/image.erofs".into(),
-        options: vec!["ro".into(), "loop".into()],
-        ..Default::default()
-    };
-    further(env, |_| (), vec![root])
+    on_root(env, "erofs", "/image.erofs", &["ro", "loop"])
+}
+
+/// As after somebody has removed a snapshot's directory behind containerd's back.
+pub fn root_mount_fails(env: &Env) -> Result<String> {
+    on_root(env, "overlay", "overlay", &["lowerdir=/no/such/layer:/no/such/other"])
+}
+
+/// More than mount(2) takes, even by their shortest names.
+pub fn too_many_layers(env: &Env) -> Result<String> {
+    let layers = (0..500).map(|n| format!("/var/lib/containerd/snapshots/{n}/fs")).collect::<Vec<_>>().join(":");
+    on_root(env, "overlay", "overlay", &[&format!("lowerdir={layers}")])
+}
+
+fn on_root(env: &Env, kind: &str, source: &str, options: &[&str]) -> Result<String> {
+    let options = options.iter().map(ToString::to_string).collect();
+    let root = Mount { type_: kind.into(), source: source.into(), options, ..Default::default() };
+    further(env, |_| (), |request| request.rootfs = vec![root])
+}
+
+/// What containerd's CRI sends of a runtime's options table without a `ConfigPath`, for which `ctr` has no flag.
+pub fn config_body(env: &Env) -> Result<String> {
+    let mut options = Any::new();
+    options.type_url = "runtimeoptions.v1.Options".into();
+    let body = "TypeUrl = 'runtimeoptions.v1.Options'\ndefault_memory = '1GiB'\n";
+    options.value = [&[3 << 3 | 2, u8::try_from(body.len())?], body.as_bytes()].concat();
+    further(env, |_| (), |request| request.options = Some(options).into())
 }
 
 /// What the shim of a pod says when it is asked for a further container.
-fn further(env: &Env, change: impl FnOnce(&mut Value), rootfs: Vec<Mount>) -> Result<String> {
+fn further(env: &Env, change: impl FnOnce(&mut Value), ask: impl FnOnce(&mut CreateTaskRequest)) -> Result<String> {
     let started = env.container().sh("sleep 1000").start()?;
     let bundle = env.dir.join("bundle");
     fs::create_dir(&bundle)?;
@@ -180,9 +201,11 @@ fn further(env: &Env, change: impl FnOnce(&mut Value), rootfs: Vec<Mount>) -> Re
     change(&mut spec);
     fs::write(bundle.join("config.json"), spec.to_string())?;
     let (id, bundle) = ("further".into(), bundle.display().to_string());
-    let request = CreateTaskRequest { id, bundle, rootfs, ..Default::default() };
-    let answer = started.shim()?.create(with_duration(AT_ONCE), &request);
+    let mut request = CreateTaskRequest { id, bundle, ..Default::default() };
+    ask(&mut request);
+    let answer = started.shim()?.create(with_duration(AT_ONCE * patience()), &request);
     let Err(ttrpc::Error::RpcStatus(status)) = answer else { bail!("{answer:?}") };
+    ensure!(started.sh("echo still here")? == "still here");
     started.remove()?;
     Ok(status.message)
 }
@@ -197,7 +220,7 @@ pub fn pause(env: &Env) -> Result<String> {
     let checkpoint = failed(env.ctr().output(["task", "checkpoint", "--image-path", &saved, &started.id])?, AT_ONCE)?;
     ensure!(checkpoint.contains("cannot be paused"), "{checkpoint}");
     let update = UpdateTaskRequest { id: started.id.clone(), ..Default::default() };
-    let answer = started.shim()?.update(with_duration(AT_ONCE), &update);
+    let answer = started.shim()?.update(with_duration(AT_ONCE * patience()), &update);
     let Err(ttrpc::Error::RpcStatus(status)) = answer else { bail!("{answer:?}") };
     ensure!(status.code() == ttrpc::Code::UNIMPLEMENTED, "{status:?}");
     ensure!(started.sh("echo still here")? == "still here");
@@ -214,7 +237,7 @@ pub fn checkpoint(env: &Env) -> Result<String> {
         checkpoint: "/some/checkpoint".into(),
         ..Default::default()
     };
-    let answer = started.shim()?.create(with_duration(AT_ONCE), &request);
+    let answer = started.shim()?.create(with_duration(AT_ONCE * patience()), &request);
     let Err(ttrpc::Error::RpcStatus(status)) = answer else { bail!("{answer:?}") };
     ensure!(status.code() == ttrpc::Code::UNIMPLEMENTED, "{status:?}");
     started.remove()?;

@@ -7,8 +7,9 @@ use chsnap_tests::{Containerd, Env, IMAGE, Tools, Version, Vmm, eventually, http
 use nix::sys::signal::Signal;
 
 use crate::{
-    errors::{A_BOOT, AT_ONCE, failed, with_vmm},
+    errors::{A_BOOT, AT_ONCE, failed, refused, script_at, with_vmm},
     events::{Event, follow},
+    faulty::Faulty,
 };
 
 /// Two containerds that share a state directory, each with a pod of that namespace and name.
@@ -102,6 +103,29 @@ pub fn shim_killed(env: &Env) -> Result<String> {
     env.ctr().text(["container", "rm", &started.id])?;
     started.forget();
     Ok(message)
+}
+
+/// The kernel takes no name with a line's end, in either version of cgroups.
+pub fn cgroup_refused(env: &Env) -> Result<String> {
+    refused(env.container().flags(["--cgroup", &format!("/{}/no\nsuch", env.daemon.namespace)]))
+}
+
+/// Cloud Hypervisor is there, as far as can be seen without a machine.
+pub fn cloud_hypervisor_wanted(env: &Env) -> Result<String> {
+    let program = env.dir.join("cloud-hypervisor");
+    script_at(&program, "echo 'cloud-hypervisor v53.0.0'")?;
+    let container = env.container().settings(|s| {
+        let s = s.path("vmm", "cloud_hypervisor", program);
+        s.set("vmm", "choice", "\"cloud-hypervisor\"").set("vmm", "accelerator", "\"auto\"")
+    });
+    failed(container.command(["true"]).output()?, A_BOOT)
+}
+
+/// What the shim says of its version is changed on the way to the guest.
+pub fn agent_of_another_release(env: &Env) -> Result<String> {
+    let other = Faulty { at: "version", text: "", unless: None, only: None, hangs: None };
+    let settings = other.set(env.settings(), env, "another-release")?.set("snapshot", "mode", "\"off\"");
+    failed(env.container().settings(|_| settings).command(["true"]).output()?, A_BOOT)
 }
 
 /// Kills the process of that name as soon as the VMM is there, which is long before the guest is.

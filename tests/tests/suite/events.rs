@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use chsnap_tests::{Env, Started};
+use chsnap_tests::{Env, Started, patience};
 use containerd_shim_protos::{
     api::{DeleteRequest, ExecProcessRequest, KillRequest},
     protobuf::well_known_types::any::Any,
@@ -47,7 +47,7 @@ pub fn follow<'a>(env: &'a Env, id: &str) -> Result<impl FnMut(&str) -> Result<V
     Ok(move |last: &str| {
         let _keep = &running;
         let mut seen = Vec::new();
-        let mut until = Instant::now() + Duration::from_secs(60);
+        let mut until = Instant::now() + Duration::from_secs(60) * patience();
         let mut done = false;
         while let Ok(line) = told.recv_timeout(until.saturating_duration_since(Instant::now())) {
             let Some((head, json)) = line.split_once('{') else { continue };
@@ -197,7 +197,7 @@ fn execs_that_never_ran(env: &Env) -> Result<()> {
     let started = container.start()?;
     started.wait_log("up")?;
     let shim = started.shim()?;
-    let soon = || with_duration(Duration::from_secs(20));
+    let soon = || with_duration(Duration::from_secs(20) * patience());
     for exec in ["deleted", "left"] {
         let mut spec = Any::new();
         spec.value = br#"{"args": ["true"], "cwd": "/", "user": {"uid": 0, "gid": 0}}"#.to_vec();

@@ -17,7 +17,7 @@ const PROGRAM: &str = include_str!("faulty_vmm.py");
 /// A VMM that fails.
 #[derive(Debug, Clone, Copy)]
 pub struct Faulty<'a> {
-    /// What it fails to do: `save` or `restore`.
+    /// What it fails to do: `save` or `restore`; with QEMU also `version`, which is to hand on the protocol's.
     pub at: &'a str,
     /// What it says then.
     pub text: &'a str,

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # Stands between chsnap and a VMM, and fails where those of some hosts do.
-import ctypes, fcntl, json, os, platform, socket, subprocess, sys, threading, time
+import ctypes, fcntl, json, os, platform, re, socket, subprocess, sys, threading, time
 
 how = json.loads("""@HOW@""")
 args = sys.argv[1:]
@@ -49,7 +49,31 @@ def relay(source, target):
     target.shutdown(socket.SHUT_RDWR)
 
 
+def between(arg):
+    """What chsnap has at the other end of a QEMU's socket, and what QEMU has, which runs with that from now on."""
+    outer = socket.socket(fileno=int(arg.rsplit("=", 1)[1]))
+    outer.set_inheritable(False)
+    inner, theirs = socket.socketpair()
+    theirs.set_inheritable(True)
+    behind({arg: f"{arg.rsplit('=', 1)[0]}={theirs.fileno()}"})
+    theirs.close()
+    threading.Thread(target=relay, args=(inner, outer), daemon=True).start()
+    return outer, inner
+
+
+def another_release():
+    """Has the guest hear of another version of its agent's protocol: field 1 of what Info carries."""
+    at = [arg for arg in args if arg.startswith("socket,id=agent,fd=")]
+    if not at:
+        works()
+    outer, inner = between(at[0])
+    while data := outer.recv(65536):
+        inner.sendall(re.sub(rb"(\x04Info\x1a\x02\x08).", rb"\1\x7f", data))
+
+
 def qemu():
+    if how["at"] == "version":
+        return another_release()
     if how["at"] == "restore":
         if "-incoming" not in args or not fails():
             works()
@@ -59,13 +83,7 @@ def qemu():
     at = [arg for arg in args if arg.startswith("socket,id=qmp,fd=")]
     if not at or not fails():
         works()
-    outer = socket.socket(fileno=int(at[0].rsplit("=", 1)[1]))
-    outer.set_inheritable(False)
-    inner, theirs = socket.socketpair()
-    theirs.set_inheritable(True)
-    behind({at[0]: f"socket,id=qmp,fd={theirs.fileno()}"})
-    theirs.close()
-    threading.Thread(target=relay, args=(inner, outer), daemon=True).start()
+    outer, inner = between(at[0])
     for line in outer.makefile("rb"):
         order = json.loads(line)
         if order["execute"] == "migrate":

@@ -46,6 +46,7 @@ mod snapshot_image;
 mod snapshot_image_built;
 mod snapshot_ladder;
 mod stdio;
+mod watch;
 
 use cases::{Case, Scope};
 
@@ -81,6 +82,7 @@ fn main() -> ExitCode {
         Tools::get();
         sweep();
         clean_up_on_signals();
+        watch::start();
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
     if conclusion.has_failed() {
@@ -149,7 +151,7 @@ fn trials() -> Vec<Trial> {
                     continue;
                 }
                 let name = format!("{vmm}/{version}/{topic}::{}", case.name);
-                let unprovokable = cases::unprovokable(case.name);
+                let unprovokable = cases::unprovokable(case.name, vmm);
                 if let (Some(why), None) = (unprovokable, &why_not) {
                     println!("{vmm}: {topic}::{} is ignored: {why}", case.name);
                 }
@@ -159,7 +161,8 @@ fn trials() -> Vec<Trial> {
                     false => vec![(way, name)],
                 };
                 for (way, name) in named {
-                    let trial = Trial::test(name, move || run(vmm, version, way, case));
+                    let watched = name.clone();
+                    let trial = Trial::test(name, move || run(&watched, vmm, version, way, case));
                     trials.push(trial.with_ignored_flag(why_not.is_some() || unprovokable.is_some()));
                 }
             }
@@ -193,18 +196,19 @@ fn all() -> impl Iterator<Item = (&'static str, Case)> {
     topics.into_iter().flat_map(|(topic, cases)| cases.into_iter().map(move |case| (topic, case)))
 }
 
-fn run(vmm: Vmm, version: Version, way: Way, case: Case) -> Result<(), Failed> {
+fn run(name: &str, vmm: Vmm, version: Version, way: Way, case: Case) -> Result<(), Failed> {
     let began = Instant::now();
     let daemon = Containerd::of(version, LANE.with(|lane| *lane)).map_err(|e| format!("{e:#}"))?;
     let env = Env::new(daemon.clone(), vmm, way).map_err(|e| format!("{e:#}"))?;
     ways::build(&env, case.name).map_err(|e| format!("{e:#}"))?;
+    let watched = watch::Guard::of(name, &daemon);
     let (baseline, mark) = (Baseline::take(&daemon), ways::mark(&env));
     let result = catch_unwind(AssertUnwindSafe(|| case.run(&env)));
     let left = baseline.leftovers(&daemon);
     if !left.is_empty() {
         daemon.purge();
     }
-    let mut complaints = Vec::new();
+    let mut complaints: Vec<String> = watched.complaint().into_iter().collect();
     match result {
         Ok(Ok(())) => {}
         Ok(Err(e)) => complaints.push(format!("{e:#}")),
