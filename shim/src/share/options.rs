@@ -69,6 +69,8 @@ pub enum MountError {
 }
 
 const PAGE: usize = 4096;
+/// Most of the options that an error shows, characters.
+const SHOWN: usize = 512;
 
 /// mount(8)'s words for flags; the second value tells whether the word clears the flag.
 const FLAGS: &[(&str, MsFlags, bool)] = &[
@@ -231,7 +233,12 @@ impl RootMount {
     }
 
     fn failed(&self, options: &str, source: nix::Error) -> MountError {
-        MountError::Mount { fstype: self.fstype.clone(), from: self.source.clone(), options: options.into(), source }
+        // Up to a page of layers; which of them it is, the kernel does not say.
+        let mut shown: String = options.chars().take(SHOWN).collect();
+        if shown.len() < options.len() {
+            shown.push('…');
+        }
+        MountError::Mount { fstype: self.fstype.clone(), from: self.source.clone(), options: shown, source }
     }
 }
 

@@ -173,7 +173,7 @@ pub fn root_mount_fails(env: &Env) -> Result<String> {
 
 /// More than mount(2) takes, even by their shortest names.
 pub fn too_many_layers(env: &Env) -> Result<String> {
-    let layers = (0..500).map(|n| format!("/var/lib/containerd/snapshots/{n}/fs")).collect::<Vec<_>>().join(":");
+    let layers = (0..500).map(|n| format!("/var/lib/containerd/snapshots/{n:064}/fs")).collect::<Vec<_>>().join(":");
     on_root(env, "overlay", "overlay", &[&format!("lowerdir={layers}")])
 }
 

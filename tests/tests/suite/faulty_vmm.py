@@ -68,7 +68,7 @@ def another_release():
         works()
     outer, inner = between(at[0])
     while data := outer.recv(65536):
-        inner.sendall(re.sub(rb"(\x04Info\x1a\x02\x08).", rb"\1\x7f", data))
+        inner.sendall(re.sub(rb"(\x04Info\x1a\x02\x08).", lambda found: found[1] + b"\x7f", data))
 
 
 def qemu():
