@@ -27,7 +27,8 @@ TAIL = ["commit", "date"]
 # A newer row of these takes an older one's place.
 PLACE = ["architecture", "VMM", "accelerator", "machine"]
 NAME = r"(?P<vmm>[\w-]+)/(?P<containerd>[\d.]+)/(?P<topic>\w+)::(?P<case>\w+)"
-CASE = re.compile(rf"^test {NAME} +\.\.\. (?P<outcome>ok|FAILED|ignored)")
+CASE = re.compile(rf"^test {NAME} +\.\.\. (?P<outcome>ok|FAILED|ignored)?")
+OUTCOME = re.compile(r"^(ok|FAILED|ignored)$")
 LISTED = re.compile(rf"^{NAME}: test$")
 
 
@@ -57,15 +58,23 @@ def read_cases(path):
 
 def read_log(path):
     """vmm -> topic -> [passed, run, ignored], and whether the tests came to their end"""
-    seen, ended = {}, False
+    seen, ended, case = {}, False, None
     with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
             ended = ended or line.startswith("test result: ")
             if m := CASE.match(line):
-                count = seen.setdefault(m["vmm"], {}).setdefault(m["topic"], [0, 0, 0])
-                count[0] += m["outcome"] == "ok"
-                count[1] += m["outcome"] != "ignored"
-                count[2] += m["outcome"] == "ignored"
+                case, outcome = m, m["outcome"]
+            elif m := OUTCOME.match(line):
+                # Something was said while the case ran.
+                outcome = m[1]
+            else:
+                continue
+            if case and outcome:
+                count = seen.setdefault(case["vmm"], {}).setdefault(case["topic"], [0, 0, 0])
+                count[0] += outcome == "ok"
+                count[1] += outcome != "ignored"
+                count[2] += outcome == "ignored"
+                case = None
     return seen, ended
 
 

@@ -29,10 +29,10 @@ class Matrix(unittest.TestCase):
         with open(self.path(name), "w", encoding="utf-8") as f:
             f.write(text)
 
-    def run_of(self, commit, *filters, failed=(), ignored=(), end=END, machine="M"):
+    def run_of(self, commit, *filters, failed=(), ignored=(), end=END, machine="M", said=""):
         chosen = [c for c in CASES if any(f in c for f in filters)]
         outcome = {**dict.fromkeys(failed, "FAILED"), **dict.fromkeys(ignored, "ignored")}
-        lines = "".join(f"test {c:<40} ... {outcome.get(c, 'ok')}\n" for c in chosen)
+        lines = "".join(f"test {c:<40} ... {said}{outcome.get(c, 'ok')}\n" for c in chosen)
         self.write("log", f"\nrunning {len(chosen)} tests\n{lines}{end}")
         argv = [sys.executable, f"{HERE}/matrix.py", "--arch", "amd64", "--machine", machine, "--accelerator", "KVM", "--commit", commit]
         for name in ("log", "cases", "versions", "table"):
@@ -51,6 +51,10 @@ class Matrix(unittest.TestCase):
     def test_a_run_is_a_row_of_each_vmm(self):
         self.assertEqual(self.run_of("c1", "/", failed=["qemu/1.6/exec::a"]), 0)
         self.assertEqual(self.rows(), {("qemu", "c1"): ("**3/4**", "2/2"), ("cloud-hypervisor", "c1"): ("4/4", "2/2")})
+
+    def test_what_is_said_while_a_case_runs_hides_no_outcome(self):
+        self.run_of("c1", "qemu/", failed=["qemu/1.6/exec::a"], said="note: it has been running for 60 s\nmore\n")
+        self.assertEqual(self.rows(), {("qemu", "c1"): ("**3/4**", "2/2")})
 
     def test_what_is_ignored_is_not_missing(self):
         self.run_of("c1", "qemu/", ignored=["qemu/1.6/exec::a"])
