@@ -84,6 +84,11 @@ pub fn unprovokable(name: &str, vmm: Vmm) -> Option<&'static str> {
         "agent_of_another_release" if vmm != Vmm::Qemu => {
             Some("nothing stands between shim and agent there, and it is the same agent with the same answer")
         }
+        "ladder_restore_no_pmu" | "ladder_restore_aggressive" | "ladder_save_no_pmu" | "ladder_save_aggressive"
+            if cfg!(not(target_arch = "aarch64")) =>
+        {
+            Some("a guest of this architecture has neither PMU nor SVE to do without, so there is but one rung")
+        }
         "kvm_wanted" | "cloud_hypervisor_wanted" if kvm_may_work() => {
             Some("this machine has KVM, and it is about the want of it")
         }

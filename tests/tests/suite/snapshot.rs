@@ -12,13 +12,16 @@ use serde_json::Value;
 
 use crate::{
     faulty::{Faulty, NOT_RESTORED},
-    snapshot_ladder::{ladder_restore, ladder_save},
+    snapshot_ladder::{
+        ladder_restore, ladder_restore_aggressive, ladder_restore_no_pmu, ladder_save, ladder_save_aggressive,
+        ladder_save_no_pmu,
+    },
 };
 
 crate::cases! {
     Vms: restored;
-    Once: clones, built_beside, off_and_required, not_restored, spoilt, ladder_restore, ladder_save, builder_killed,
-          one_at_a_time;
+    Once: clones, built_beside, off_and_required, not_restored, spoilt, ladder_restore, ladder_restore_no_pmu,
+          ladder_restore_aggressive, ladder_save, ladder_save_no_pmu, ladder_save_aggressive, builder_killed, one_at_a_time;
 }
 
 /// A template boots, is saved, restored, and its digests are taken.
