@@ -337,6 +337,8 @@ async fn watch(events: Arc<Events>, process: Arc<Process>, container: Option<Arc
             Exit::now(KILLED)
         }
     };
+    // Here at the latest, since a client that waits for the end of the output waits with its deletion, too.
+    process.relays.let_go();
     if let Some(container) = container
         && timeout(EXECS, container.execs_settled()).await.is_err()
     {

@@ -152,7 +152,7 @@ fn unescaped(path: &str) -> PathBuf {
 const LONGEST: Duration = Duration::from_secs(120);
 
 /// The running copies of one process.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Relays {
     outputs: Mutex<Vec<JoinHandle<()>>>,
     aborts: std::sync::Mutex<Vec<AbortHandle>>,
@@ -160,6 +160,22 @@ pub struct Relays {
     moved: Arc<AtomicU64>,
     /// Keeps the stdin fifo open for writing.
     keep_stdin: std::sync::Mutex<Stdin>,
+    broken: Arc<std::sync::Mutex<Broken>>,
+}
+
+/// Local ends whose streams broke with the machine: whoever reads them is still to be told of that, and would go at their
+/// end.
+#[derive(Default)]
+struct Broken {
+    sinks: Vec<Sink>,
+    /// From then on, none is kept: their reader waits for the end.
+    told: bool,
+}
+
+impl std::fmt::Debug for Relays {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Relays")
+    }
 }
 
 /// Whether CloseIO has been called; it may come before the process starts.
@@ -187,13 +203,19 @@ impl Relays {
         let outputs = [(local.stdout, streams.stdout_stream), (local.stderr, streams.stderr_stream)];
         for (sink, stream) in outputs {
             let Some(mut sink) = sink.filter(|_| stream != 0) else { continue };
-            let (agent, moved) = (agent.clone(), Arc::clone(&self.moved));
+            let (agent, moved, broken) = (agent.clone(), Arc::clone(&self.moved), Arc::clone(&self.broken));
             let copy = tokio::spawn(async move {
                 let count = |bytes| {
                     moved.fetch_add(bytes, Ordering::Relaxed);
                 };
                 if let Err(e) = read_into(&agent, stream, &mut sink, count).await {
                     log::debug!("output stream {stream}: {e}");
+                    if e.is_unknown()
+                        && let Ok(mut broken) = broken.lock()
+                        && !broken.told
+                    {
+                        broken.sinks.push(sink);
+                    }
                 }
             });
             self.remember(copy.abort_handle());
@@ -232,6 +254,13 @@ impl Relays {
         }
     }
 
+    /// There is nothing more to be told to readers of streams that broke.
+    pub fn let_go(&self) {
+        if let Ok(mut broken) = self.broken.lock() {
+            *broken = Broken { sinks: Vec::new(), told: true };
+        }
+    }
+
     /// Waits until the output has reached its readers, or nothing of it has moved for the time of `still`; then ends
     /// every copy. A process that stays behind in the guest and writes on is not waited for for ever.
     pub async fn finish(&self, still: Duration) {
@@ -258,6 +287,7 @@ impl Relays {
             () = sleep(LONGEST) => {}
         }
         self.close_stdin();
+        self.let_go();
         if let Ok(mut aborts) = self.aborts.lock() {
             aborts.drain(..).for_each(|copy| copy.abort());
         }

@@ -1,6 +1,6 @@
 //! Everything that can be wrong, by the names of `docs/errors.md`: each case provokes its row and answers the message.
 
-use std::{fs, net::TcpListener, os::unix::fs::PermissionsExt, path::Path, time::Duration};
+use std::{fs, io::Read, net::TcpListener, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use chsnap_tests::{Container, Env, Output, Settings, Started, Vmm, eventually, kill, patience, table};
@@ -311,6 +311,12 @@ fn gone(env: &Env, started: Started<'_>) -> Result<String> {
 }
 
 fn vmm_killed(env: &Env) -> Result<String> {
+    let mut waits = env.container().sh("echo up; sleep 1000").run()?.start()?;
+    waits.child.stdout.as_mut().context("no stdout")?.read_exact(&mut [0; 3])?;
+    kill(env.process(env.vmm_name())?.pid, Signal::SIGKILL)?;
+    // Its reader does not go before it is told.
+    let told = failed(waits.output()?.code(137)?, A_BOOT)?;
+    ensure!(told.contains("chsnap: the pod's VM is gone: "), "{told}");
     let started = sleeper(env)?;
     kill(env.process(env.vmm_name())?.pid, Signal::SIGKILL)?;
     gone(env, started)
