@@ -71,7 +71,7 @@ pub fn start() {
 }
 
 fn look() {
-    let mut late = None;
+    let mut late = Vec::new();
     for (name, case) in cases().iter_mut() {
         let took = case.began.elapsed();
         if case.told.elapsed() >= TOLD_EVERY {
@@ -81,7 +81,7 @@ fn look() {
         match case.cut_off {
             None if took > limit() => {
                 case.cut_off = Some(Instant::now());
-                late = Some((name.clone(), Arc::clone(&case.daemon)));
+                late.push((name.clone(), Arc::clone(&case.daemon)));
             }
             Some(since) if since.elapsed() > GRACE * patience() => {
                 println!("{name} does not end, whatever is killed; this run is over\n{}", threads());
@@ -91,7 +91,7 @@ fn look() {
         }
     }
     // Without the lock: other cases go on meanwhile.
-    if let Some((name, daemon)) = late {
+    for (name, daemon) in late {
         println!("{name} has not ended within {:?}; what it has running is killed:\n{}", limit(), processes(&daemon));
         daemon.purge();
     }
