@@ -22,6 +22,8 @@ cargo test --locked --release --workspace --no-run
 units=(--lib --bins)
 for file in */tests/*.rs; do units+=(--test "$(basename "$file" .rs)"); done
 cargo test --locked --release --workspace "${units[@]}"
+# With targets named, cargo leaves these out, and it takes them only alone.
+cargo test --locked --release --workspace --doc
 if [ -s "$CHSNAP_TESTS_SKIPPED" ]; then
   say "skipped, $(wc -l <"$CHSNAP_TESTS_SKIPPED") unit tests:"
   sed 's/^/    /' "$CHSNAP_TESTS_SKIPPED" >&2
