@@ -24,4 +24,5 @@ pub mod state;
 mod sys;
 pub mod task;
 pub mod template;
+mod text;
 pub mod vmm;

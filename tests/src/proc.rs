@@ -1,9 +1,6 @@
 //! Processes that belong to a test run: they carry its directory in their environment or arguments.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{fs, path::Path};
 
 use anyhow::{Context, Result};
 use nix::{sys::signal, unistd::Pid};
@@ -38,11 +35,10 @@ pub fn marked(run: &Path) -> Vec<Process> {
         .into_iter()
         .filter(|pid| *pid != std::process::id() as i32)
         .filter_map(|pid| {
-            let proc = PathBuf::from(format!("/proc/{pid}"));
-            let args = text(&proc.join("cmdline"))?.replace('\0', " ");
-            let environ = text(&proc.join("environ")).unwrap_or_default();
+            let args = args(pid)?;
+            let environ = text(Path::new(&format!("/proc/{pid}/environ"))).unwrap_or_default();
             let ours = environ.split('\0').any(|v| v == mark) || args.contains(&dir);
-            (ours && !args.is_empty()).then(|| Process { pid, args: args.trim().into() })
+            (ours && !args.is_empty()).then_some(Process { pid, args })
         })
         .collect();
     found.sort_by_key(|p| p.pid);
@@ -56,10 +52,7 @@ pub(crate) fn holders(file: &Path) -> Vec<String> {
         let open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
         open.into_iter().any(|fd| fs::read_link(fd.path()).is_ok_and(|link| link == file))
     };
-    let told = |pid| {
-        let args = text(Path::new(&format!("/proc/{pid}/cmdline"))).unwrap_or_default().replace('\0', " ");
-        format!("process {pid}: {}", args.trim())
-    };
+    let told = |pid| format!("process {pid}: {}", args(pid).unwrap_or_default());
     pids().into_iter().filter(|pid| *pid != me).filter(holds).map(told).collect()
 }
 
@@ -86,6 +79,12 @@ pub fn rss_kib(pid: i32) -> Result<u64> {
 pub(crate) fn pids() -> Vec<i32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|e| e.file_name().to_str()?.parse().ok()).collect()
+}
+
+/// With blanks between; empty for a zombie.
+fn args(pid: i32) -> Option<String> {
+    let args = text(Path::new(&format!("/proc/{pid}/cmdline")))?.replace('\0', " ");
+    Some(args.trim().into())
 }
 
 fn text(path: &Path) -> Option<String> {

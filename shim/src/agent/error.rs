@@ -5,7 +5,9 @@ use std::io;
 use thiserror::Error;
 use ttrpc::Code;
 
-/// Longest text taken from the guest for an error message, bytes.
+use crate::text::shortened;
+
+/// Longest text taken from the guest for an error message, characters.
 const MAX_MESSAGE: usize = 2048;
 
 /// A call to the agent failed.
@@ -72,9 +74,5 @@ pub(super) fn failed(call: &'static str) -> impl Fn(ttrpc::Error) -> AgentError 
 
 /// The guest's words without control characters, and not more than a person wants to read.
 fn printable(text: &str) -> String {
-    let mut short: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_MESSAGE).collect();
-    if text.len() > short.len() {
-        short.push('…');
-    }
-    short
+    shortened(text, MAX_MESSAGE).replace(char::is_control, " ")
 }

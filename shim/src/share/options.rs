@@ -12,6 +12,8 @@ use nix::{
 };
 use thiserror::Error;
 
+use crate::text::shortened;
+
 /// One of a container's root mounts.
 #[derive(Debug, Clone)]
 pub struct RootMount {
@@ -234,11 +236,8 @@ impl RootMount {
 
     fn failed(&self, options: &str, source: nix::Error) -> MountError {
         // Up to a page of layers; which of them it is, the kernel does not say.
-        let mut shown: String = options.chars().take(SHOWN).collect();
-        if shown.len() < options.len() {
-            shown.push('…');
-        }
-        MountError::Mount { fstype: self.fstype.clone(), from: self.source.clone(), options: shown, source }
+        let options = shortened(options, SHOWN);
+        MountError::Mount { fstype: self.fstype.clone(), from: self.source.clone(), options, source }
     }
 }
 

@@ -152,7 +152,7 @@ fn unescaped(path: &str) -> PathBuf {
 const LONGEST: Duration = Duration::from_secs(120);
 
 /// The running copies of one process.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct Relays {
     outputs: Mutex<Vec<JoinHandle<()>>>,
     aborts: std::sync::Mutex<Vec<AbortHandle>>,
@@ -172,9 +172,9 @@ struct Broken {
     told: bool,
 }
 
-impl std::fmt::Debug for Relays {
+impl std::fmt::Debug for Broken {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Relays")
+        f.write_str("Broken")
     }
 }
 
