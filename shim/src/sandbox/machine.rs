@@ -210,14 +210,19 @@ fn describe(exit: &VmExit) -> String {
         format!("the VMM ended ({})", exit.status)
     };
     for (what, tail) in [("VMM", &exit.stderr), ("guest console", &exit.console)] {
-        let lines: Vec<&str> = tail.lines().filter(|l| !l.trim().is_empty()).collect();
-        // What follows a panic is the way to it through the kernel, which tells a person nothing.
-        let telling: Vec<&str> = lines.iter().copied().filter(|l| TELLING.iter().any(|t| l.contains(t))).collect();
-        let last = if telling.is_empty() { &lines } else { &telling };
-        let last = &last[last.len().saturating_sub(8)..];
-        if !last.is_empty() {
-            text.push_str(&format!("; {what}: {}", last.join(" | ")));
+        if let Some(words) = last_words(tail) {
+            text.push_str(&format!("; {what}: {words}"));
         }
     }
     text
+}
+
+/// Its last lines, or those that explain an end where there are such.
+pub(crate) fn last_words(tail: &str) -> Option<String> {
+    let lines: Vec<&str> = tail.lines().filter(|l| !l.trim().is_empty()).collect();
+    // What follows a panic is the way to it through the kernel, which tells a person nothing.
+    let telling: Vec<&str> = lines.iter().copied().filter(|l| TELLING.iter().any(|t| l.contains(t))).collect();
+    let last = if telling.is_empty() { &lines } else { &telling };
+    let last = &last[last.len().saturating_sub(8)..];
+    (!last.is_empty()).then(|| last.join(" | "))
 }

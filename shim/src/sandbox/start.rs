@@ -202,6 +202,10 @@ impl Stage<'_> {
         match met.await {
             Ok(met) => Ok((vm, met)),
             Err(error) => {
+                // Of a guest that went silent it is all there is, and not everybody who reads the error wants it.
+                if let Some(words) = machine::last_words(&vm.console()) {
+                    log::warn!("the console of the guest that did not start ended with: {words}");
+                }
                 vm.kill().await;
                 Err(error)
             }
