@@ -67,9 +67,13 @@ says "no node" 125 "no node runs" python3 "$ROOT/hack/node/run.py" "$WORK" run -
 qemu=$(cat "$STATE/qemu.pid")
 keeper=$(cat "$STATE/lock")
 rc=0
-CHSNAP_NODE_SILENCE=12 "$NODE" run "sleep 1000" >"$WORK/said" 2>&1 </dev/null &
+CHSNAP_NODE_SILENCE=12 "$NODE" run "echo begun; sleep 1000" >"$WORK/said" 2>&1 </dev/null &
 client=$!
-sleep 1
+# One that hangs before the client is connected is another case.
+for _ in $(seq 300); do
+  ! grep -q begun "$WORK/said" || break
+  sleep 0.1
+done
 kill -STOP "$qemu"
 wait "$client" || rc=$?
 kill -CONT "$qemu"
