@@ -95,26 +95,23 @@ impl Agent {
         let Fresh { entropy, epoch } = fresh;
         let mut request = ResumeRequest { entropy, epoch, mount_share, ..Default::default() };
         // Last of all, since it is late from now on.
-        let asked = now_ns();
+        let mut asked = now_ns();
         request.wall_clock_ns = asked;
-        let guest = ask!(self, "Resume", resume(request)).await?.wall_clock_ns;
-        let mut clock = Clock::seen(asked, guest, now_ns());
-        for _ in 0..CLOCK_TRIES {
-            if clock == Clock::Right {
-                return Ok(());
+        let mut guest = ask!(self, "Resume", resume(request)).await?.wall_clock_ns;
+        let mut tries = 0..CLOCK_TRIES;
+        loop {
+            match (Clock::seen(asked, guest, now_ns()), tries.next()) {
+                (Clock::Right, _) => return Ok(()),
+                (_, Some(_)) => {}
+                (Clock::Late(ns), None) => return Err(AgentError::Clock { most_ms: ns / 1_000_000 }),
+                (Clock::Wrong(ns), None) => {
+                    let what = format!("a clock that is wrong by {} ms", ns / 1_000_000);
+                    return Err(AgentError::Nonsense { call: "Resume", what });
+                }
             }
-            let asked = now_ns();
+            asked = now_ns();
             let request = SetClockRequest { wall_clock_ns: asked, ..Default::default() };
-            let guest = ask!(self, "SetClock", set_clock(request)).await?.wall_clock_ns;
-            clock = Clock::seen(asked, guest, now_ns());
-        }
-        match clock {
-            Clock::Right => Ok(()),
-            Clock::Late(ns) => Err(AgentError::Clock { most_ms: ns / 1_000_000 }),
-            Clock::Wrong(ns) => {
-                let what = format!("a clock that is wrong by {} ms", ns / 1_000_000);
-                Err(AgentError::Nonsense { call: "Resume", what })
-            }
+            guest = ask!(self, "SetClock", set_clock(request)).await?.wall_clock_ns;
         }
     }
 
