@@ -139,6 +139,11 @@ impl StartError {
             _ => false,
         }
     }
+
+    /// Whether it is that the guest does not answer although nothing has ended.
+    pub(super) fn is_of_silence(&self) -> bool {
+        matches!(self, Self::NoAgent { .. }) || self.is_of_channel()
+    }
 }
 
 /// A container could not be added to a running pod.

@@ -218,7 +218,7 @@ fn describe(exit: &VmExit) -> String {
 }
 
 /// Its last lines, or those that explain an end where there are such.
-pub(crate) fn last_words(tail: &str) -> Option<String> {
+pub(super) fn last_words(tail: &str) -> Option<String> {
     let lines: Vec<&str> = tail.lines().filter(|l| !l.trim().is_empty()).collect();
     // What follows a panic is the way to it through the kernel, which tells a person nothing.
     let telling: Vec<&str> = lines.iter().copied().filter(|l| TELLING.iter().any(|t| l.contains(t))).collect();

@@ -24,6 +24,7 @@ mod features;
 pub(crate) mod machine;
 mod phases;
 mod plan;
+mod silence;
 mod start;
 mod ways;
 

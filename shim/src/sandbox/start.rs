@@ -15,6 +15,7 @@ use super::{
     blueprint::own_environment,
     guest_files,
     machine::{self, Origin, Patience},
+    silence,
     ways::{self, Candidate, Ways},
 };
 use crate::{
@@ -199,12 +200,12 @@ impl Stage<'_> {
             phases.mark("container");
             Ok(Met { agent, info, streams, exposed })
         };
-        match met.await {
+        let met: Result<Met, StartError> = met.await;
+        match met {
             Ok(met) => Ok((vm, met)),
             Err(error) => {
-                // Of a guest that went silent it is all there is, and not everybody who reads the error wants it.
-                if let Some(words) = machine::last_words(&vm.console()) {
-                    log::warn!("the console of the guest that did not start ended with: {words}");
+                if error.is_of_silence() {
+                    silence::report(self.request.id, &*vm, virtiofsd);
                 }
                 vm.kill().await;
                 Err(error)
