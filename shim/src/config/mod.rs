@@ -84,7 +84,7 @@ impl Default for GuestConfig {
             cmdline: String::new(),
             default_vcpus: 1,
             default_memory: Size::mib(512),
-            memory_overhead: Size::mib(80),
+            memory_overhead: Size::mib(96),
             max_vcpus: 0,
             max_memory: Size::ZERO,
         }

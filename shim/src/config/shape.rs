@@ -218,7 +218,7 @@ mod tests {
         );
         assert_eq!(
             shape(&none, Some(&limits(-1, 1, 4096 << 20))).unwrap_err(),
-            "the memory limit of 4GiB with guest.memory_overhead = 80MiB asks for a guest with 4240MiB of memory, but \
+            "the memory limit of 4GiB with guest.memory_overhead = 96MiB asks for a guest with 4256MiB of memory, but \
              the host's memory allows 4096MiB"
         );
         assert!(shape(&none, Some(&limits(-1, 1, i64::MAX))).is_err());
@@ -241,7 +241,7 @@ mod tests {
         assert!(shape.holds(&config, &said, Some(&limits(-1, 1, 512 << 20))).is_ok());
         assert_eq!(
             shape.holds(&config, &none, Some(&limits(-1, 1, 512 << 20))).unwrap_err().to_string(),
-            "the memory limit of 512MiB with guest.memory_overhead = 80MiB asks for 600MiB, but the pod's VM, which runs \
+            "the memory limit of 512MiB with guest.memory_overhead = 96MiB asks for 616MiB, but the pod's VM, which runs \
              already, has 512MiB: set io.chsnap.memory on the pod (sandbox) or on its first container"
         );
     }

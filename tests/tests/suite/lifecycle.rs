@@ -1,6 +1,6 @@
 //! From `ctr run` to `ctr task rm`.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use chsnap_tests::{Env, IMAGE, Started, Version};
 use serde_json::{Value, json};
 
@@ -130,21 +130,26 @@ fn user(env: &Env) -> Result<()> {
 
 /// Limits become the machine's size.
 fn shape(env: &Env) -> Result<()> {
-    let script = "nproc; echo $(($(sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo) / 1024))";
-    let size = |output: chsnap_tests::Output| -> Result<(u64, u64)> {
+    let script = "nproc; sed -n 's/^Mem\\(Total\\|Available\\): *\\([0-9]*\\) kB/\\2/p' /proc/meminfo";
+    // CPUs, all of the memory in MiB, and what is left of it for processes.
+    let size = |output: chsnap_tests::Output| -> Result<(u64, u64, u64)> {
         let text = output.success()?.text();
-        let mut numbers = text.lines().map(|l| l.trim().parse::<u64>());
-        let both = numbers.next().zip(numbers.next()).with_context(|| format!("{IMAGE}: {text}"))?;
-        Ok((both.0?, both.1?))
+        let numbers = text.lines().map(|l| Ok(l.trim().parse::<u64>()?)).collect::<Result<Vec<_>>>()?;
+        let [cpus, total, available] = numbers[..] else { bail!("{IMAGE}: {text}") };
+        Ok((cpus, total >> 10, available >> 10))
     };
     // The kernel keeps a part for itself.
     let fits = |seen: u64, given: u64| seen < given && seen + given / 4 > given;
     let limit = (192 << 20).to_string();
     let limited = env.container().flags(["--memory-limit", &limit, "--cpus", "1.5"]).sh(script).output()?;
-    let (cpus, memory) = size(limited)?;
-    ensure!(cpus == 2 && fits(memory, 192 + 64), "limits gave {cpus} CPUs, {memory} MiB");
+    let (cpus, memory, available) = size(limited)?;
+    ensure!(cpus == 2 && fits(memory, 192 + 96), "limits gave {cpus} CPUs, {memory} MiB");
+    ensure!(
+        available > 192,
+        "before a container reaches its 192 MiB the guest is out of memory: {available} MiB are left"
+    );
     let container = env.container().annotation("io.chsnap.memory", "320MiB").annotation("io.chsnap.vcpus", "1");
-    let (cpus, memory) = size(container.sh(script).output()?)?;
+    let (cpus, memory, _) = size(container.sh(script).output()?)?;
     ensure!(cpus == 1 && fits(memory, 320), "annotations gave {cpus} CPUs, {memory} MiB");
     Ok(())
 }

@@ -82,10 +82,10 @@ fn sandbox_without_vm(env: &Env) -> Result<()> {
         let run = beside(env, &pause).sh("echo up; sleep 1000").start()?;
         run.wait_log("up")?;
         ensure!(vms() == 1, "{round}: {:?}", env.processes(env.vmm_name()));
-        // What the sandbox was told of the pod holds for its machine: 600 MiB, a 64th and 80 MiB beside.
+        // What the sandbox was told of the pod holds for its machine: 600 MiB, a 64th and 96 MiB beside.
         let pods: Value = serde_json::from_str(&env.chsnap(["ps", "--json"])?.text()?)?;
         let pod = pods.as_array().into_iter().flatten().find(|pod| pod["id"] == id).context("chsnap ps: no pod")?;
-        ensure!(pod["memory_mib"] == 690 && pod["exposed"][0]["guest_port"] == 8080, "{round}: {pod}");
+        ensure!(pod["memory_mib"] == 706 && pod["exposed"][0]["guest_port"] == 8080, "{round}: {pod}");
         ensure!(pause.pod_dir().join("8080.sock").exists(), "{round}");
         let beside_it = beside(env, &pause).command(["echo", "both"]).output()?.success()?;
         ensure!(beside_it.text() == "both\n" && vms() == 1, "{round}: {}", beside_it.whole());
