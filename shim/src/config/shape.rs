@@ -199,8 +199,8 @@ mod tests {
     fn annotation_before_limits_before_default() {
         let none = Overrides::default();
         assert_eq!(shape(&none, None), Ok((1, 512)));
-        assert_eq!(shape(&none, Some(&limits(150_000, 100_000, 256 << 20))), Ok((2, 256 + 4 + 80)));
-        assert_eq!(shape(&none, Some(&limits(50_000, 0, (256 << 20) + 1))), Ok((1, 256 + 4 + 80 + 1)));
+        assert_eq!(shape(&none, Some(&limits(150_000, 100_000, 256 << 20))), Ok((2, 256 + 4 + 96)));
+        assert_eq!(shape(&none, Some(&limits(50_000, 0, (256 << 20) + 1))), Ok((1, 256 + 4 + 96 + 1)));
         // -1 is "no limit".
         assert_eq!(shape(&none, Some(&limits(-1, 100_000, -1))), Ok((1, 512)));
         // A CPU limit above the host's CPUs is kept by all of them.
@@ -253,7 +253,7 @@ mod tests {
             Shape::of_pod(&config, overrides, Some(&limits(-1, 1, mib << 20))).unwrap().memory_mib
         };
         let none = Overrides::default();
-        assert_eq!((of(&none, 64), of(&none, 600)), (512, 690));
+        assert_eq!((of(&none, 64), of(&none, 600)), (512, 706));
         assert_eq!(of(&Overrides { memory: Some(Size::mib(128)), ..none }, 600), 128);
     }
 
