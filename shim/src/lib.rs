@@ -15,6 +15,7 @@ mod guest;
 pub mod image;
 mod oom;
 pub mod origin;
+mod proc;
 pub mod program;
 mod ring;
 pub mod sandbox;

@@ -2,6 +2,8 @@
 
 use std::{fs, io, path::PathBuf};
 
+use crate::proc::children;
+
 /// Sets it for everything that this process has started and that still runs. The first error is told, the rest is tried.
 ///
 /// # Errors
@@ -18,13 +20,6 @@ pub fn adjust_children(score: i32) -> io::Result<()> {
         }
     }
     result
-}
-
-/// Of all threads: each has its own.
-fn children(pid: u32) -> Vec<u32> {
-    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    let lists = threads.filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok());
-    lists.flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect()
 }
 
 #[cfg(test)]

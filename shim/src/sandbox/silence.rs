@@ -6,7 +6,7 @@ use std::{fs, path::Path, time::Duration};
 use log::warn;
 
 use super::machine::last_words;
-use crate::{share::Virtiofsd, vmm::Vm};
+use crate::{proc, share::Virtiofsd, vmm::Vm};
 
 /// Writes it to the log: the error is for who asked for the pod, this for who looks after the host.
 pub(super) fn report(id: &str, vm: &dyn Vm, virtiofsd: &Virtiofsd) {
@@ -19,13 +19,8 @@ pub(super) fn report(id: &str, vm: &dyn Vm, virtiofsd: &Virtiofsd) {
 
 /// The threads of a process and of its children, of which virtiofsd's sandbox has one.
 fn threads(pid: u32) -> String {
-    let tasks = || fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten().map(|task| task.path());
-    let own = tasks().filter_map(|dir| thread(&dir));
-    let children: Vec<u32> = tasks()
-        .filter_map(|dir| fs::read_to_string(dir.join("children")).ok())
-        .flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
-        .collect();
-    own.chain(children.into_iter().map(threads)).collect::<Vec<_>>().join(", ")
+    let own = proc::threads(pid).filter_map(|dir| thread(&dir));
+    own.chain(proc::children(pid).into_iter().map(threads)).collect::<Vec<_>>().join(", ")
 }
 
 /// Name, state and the kernel function it sleeps in (proc(5)); how long it ran, and how long it could have and there was

@@ -198,10 +198,9 @@ impl Stage<'_> {
             };
             let (streams, exposed) = machine::while_alive(&*vm, virtiofsd, container).await?;
             phases.mark("container");
-            Ok(Met { agent, info, streams, exposed })
+            Ok::<_, StartError>(Met { agent, info, streams, exposed })
         };
-        let met: Result<Met, StartError> = met.await;
-        match met {
+        match met.await {
             Ok(met) => Ok((vm, met)),
             Err(error) => {
                 if error.is_of_silence() {
