@@ -101,13 +101,15 @@ pub struct ShareConfig {
     pub cache: CacheMode,
 }
 
-/// virtiofsd's cache mode.
+/// How long the guest may believe what it has seen of the share.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CacheMode {
-    /// Data is cached while a file is open, names for a second.
+    /// As `always` where nobody but the guest writes, else as `revalidate`.
     #[default]
     Auto,
+    /// Data is cached while a file is open, names for a second.
+    Revalidate,
     /// Nothing is cached; writes of the host are seen at once.
     Never,
     /// Everything is cached; only where nothing but the guest writes to its files.
@@ -118,6 +120,7 @@ impl fmt::Display for CacheMode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Auto => "auto",
+            Self::Revalidate => "revalidate",
             Self::Never => "never",
             Self::Always => "always",
         })

@@ -155,6 +155,12 @@ pub enum ContainerError {
     /// The agent refused it.
     #[error("the guest cannot create the container")]
     Agent(#[source] AgentError),
+    /// The host's files in a pod whose guest would not look at them again.
+    #[error(
+        "the pod's VM was started for a container without files of the host's and takes none later: annotate that \
+         first container as a pod's (io.kubernetes.cri.sandbox-id), or set [share] cache = \"revalidate\""
+    )]
+    NotShared,
     /// The pod is being stopped.
     #[error("the pod is being stopped")]
     Stopped,

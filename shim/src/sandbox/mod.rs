@@ -1,15 +1,8 @@
 //! A pod's life: its share, its machine, its agent, from the first container's creation to the last one's end.
 
-use std::{
-    path::Path,
-    sync::{Arc, PoisonError},
-    time::Duration,
-};
+use std::{path::Path, sync::Arc, time::Duration};
 
-use chsnap_protocol::{
-    FIRST_HOME,
-    agent::{CreateProcessResponse, InfoResponse, Stdio},
-};
+use chsnap_protocol::agent::{CreateProcessResponse, InfoResponse, Stdio};
 use tokio::{
     sync::{Mutex, watch},
     task::AbortHandle,
@@ -17,10 +10,12 @@ use tokio::{
 };
 
 mod blueprint;
+mod caching;
 mod dir;
 mod error;
 mod expose;
 mod features;
+mod homes;
 pub(crate) mod machine;
 mod phases;
 mod plan;
@@ -32,9 +27,11 @@ pub use blueprint::Blueprint;
 pub use dir::{DirError, PodDir, dir_of};
 pub use error::{ContainerError, RootError, StartError};
 pub use expose::{ExposeError, Exposed};
+use homes::Homes;
 pub(crate) use machine::settled;
 use machine::watch_over;
 pub use phases::Phases;
+pub(crate) use plan::POD_ANNOTATIONS;
 pub use plan::{Division, Plan, PlanError};
 pub(crate) use start::TEMPLATE;
 pub use ways::Wanting;
@@ -118,8 +115,9 @@ pub struct Sandbox {
     shape: Shape,
     overrides: Overrides,
     share: Mutex<Option<Share>>,
-    /// The pod's first container, for as long as it is there: its directory of the share has a name of its own.
-    first: std::sync::Mutex<Option<String>>,
+    homes: Homes,
+    /// The guest believes that nobody else writes to the share.
+    alone: bool,
     /// The snapshot that holds a part of the first one's root.
     _snapshot: Option<InUse>,
     cgroup: Mutex<Cgroup>,
@@ -211,7 +209,8 @@ impl Sandbox {
             shape: request.shape,
             overrides: request.overrides.clone(),
             share: Mutex::new(ground.share),
-            first: std::sync::Mutex::new(Some(first.id.into())),
+            homes: Homes::of(first.id),
+            alone: caching::is_alone(request, first),
             _snapshot: snapshot,
             cgroup: Mutex::new(ground.cgroup),
             exposed,
@@ -229,7 +228,24 @@ impl Sandbox {
     pub async fn add(&self, new: &NewContainer<'_>) -> Result<CreateProcessResponse, ContainerError> {
         let share = self.share.lock().await;
         let share = share.as_ref().ok_or(ContainerError::Stopped)?;
-        let (spec_json, _) = add_root(share, new.id, new.rootfs, new)?;
+        if self.alone && new.plan.has_host_files() {
+            return Err(ContainerError::NotShared);
+        }
+        let home = self.homes.add(new.id);
+        let added = self.add_at(share, &home, new).await;
+        if added.is_err() {
+            self.homes.remove(new.id);
+        }
+        added
+    }
+
+    async fn add_at(
+        &self,
+        share: &Share,
+        home: &str,
+        new: &NewContainer<'_>,
+    ) -> Result<CreateProcessResponse, ContainerError> {
+        let (spec_json, _) = add_root(share, home, new.rootfs, new)?;
         let error = match self.agent.create_container(new.id, spec_json, new.stdio.clone()).await {
             Ok(streams) => return Ok(streams),
             Err(e) => e,
@@ -238,7 +254,7 @@ impl Sandbox {
             // The agent reads this after what it has not answered, be it after our patience.
             self.forget(new.id).await;
         }
-        share.remove_container(new.id);
+        share.remove_container(home);
         Err(match self.why_lost(&error).await {
             Some(why) => ContainerError::Gone(why),
             None => ContainerError::Agent(error),
@@ -266,9 +282,9 @@ impl Sandbox {
         if self.gone.borrow().is_none() {
             self.forget(container).await;
         }
-        let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).take_if(|first| first == container);
-        if let Some(share) = self.share.lock().await.as_ref() {
-            share.remove_container(if first.is_some() { FIRST_HOME } else { container });
+        let home = self.homes.remove(container);
+        if let (Some(share), Some(home)) = (self.share.lock().await.as_ref(), home) {
+            share.remove_container(&home);
         }
     }
 

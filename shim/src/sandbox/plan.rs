@@ -76,6 +76,9 @@ pub struct Division {
     pub for_guest: Vec<Mount>,
 }
 
+/// Annotations that name the pod a container belongs to, as CRI implementations set them.
+pub(crate) const POD_ANNOTATIONS: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID"];
+
 /// File systems that the guest mounts itself.
 const GUEST_TYPES: &[&str] = &["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
 
@@ -83,6 +86,19 @@ const GUEST_TYPES: &[&str] = &["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cg
 const MAX_HOSTNAME: usize = 63;
 
 impl Plan {
+    /// Whether something of the host's is bound into the root, or beside it.
+    #[must_use]
+    pub fn has_host_files(&self) -> bool {
+        self.mounts.iter().any(|mount| matches!(mount, Wanted::Bind(_)))
+    }
+
+    /// Whether it is said to be a pod's, where there may be others.
+    #[must_use]
+    pub fn in_a_pod(&self) -> bool {
+        let annotations = self.spec.annotations().as_ref();
+        annotations.is_some_and(|all| POD_ANNOTATIONS.iter().any(|name| all.contains_key(*name)))
+    }
+
     /// Judges `spec` of `container`.
     ///
     /// # Errors

@@ -13,7 +13,7 @@ use ttrpc::Code;
 use super::{
     Built, Division, Exposed, Ground, Met, NewContainer, Phases, Request, RootError, StartError, Started, add_root,
     blueprint::own_environment,
-    guest_files,
+    caching, guest_files,
     machine::{self, Origin, Patience},
     silence,
     ways::{self, Candidate, Ways},
@@ -152,7 +152,7 @@ impl Stage<'_> {
         let (dir, cgroups) = (self.ground.dir.path(), self.ground.cgroup.dirs());
         let config = self.request.config;
         let spec = machine::spec(config, self.request.shape, dir, cgroups);
-        let (cache, socket) = (config.share.cache, &spec.share_socket);
+        let (cache, socket) = (caching::mode(self.request, self.first), &spec.share_socket);
         let mut virtiofsd = Virtiofsd::spawn(&self.virtiofsd, cache, share.dir(), socket, cgroups)?;
         phases.mark("share");
         match self.machine(candidate, spec, root, &mut virtiofsd, phases).await {

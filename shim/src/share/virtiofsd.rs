@@ -119,6 +119,16 @@ fn own_version(line: &str) -> Option<String> {
     known.then(|| version.trim().to_owned())
 }
 
+/// virtiofsd's own word for it.
+const fn word(cache: CacheMode) -> &'static str {
+    match cache {
+        // Of whoever has not decided, the one that is right everywhere.
+        CacheMode::Auto | CacheMode::Revalidate => "auto",
+        CacheMode::Never => "never",
+        CacheMode::Always => "always",
+    }
+}
+
 /// How virtiofsd ended.
 #[derive(Debug)]
 pub struct Ended {
@@ -168,7 +178,7 @@ impl Virtiofsd {
             // overlayfs has no file handles to offer, and a snapshot finds its inodes by path.
             .args(["--inode-file-handles=never", "--migration-mode=find-paths"])
             .args(["--announce-submounts", "--xattr"])
-            .arg(format!("--cache={cache}"))
+            .arg(format!("--cache={}", word(cache)))
             .stdout(std::process::Stdio::null());
         let mut child = command.spawn().map_err(failed)?;
         let (stderr, pipe) = (Ring::new(STDERR_BYTES), child.stderr.take());

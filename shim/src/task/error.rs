@@ -126,7 +126,7 @@ impl TaskError {
         match self {
             Self::NotFound { .. } | Self::Finished => Code::NOT_FOUND,
             Self::Exists { .. } => Code::ALREADY_EXISTS,
-            Self::State { .. } => Code::FAILED_PRECONDITION,
+            Self::State { .. } | Self::Container(ContainerError::NotShared) => Code::FAILED_PRECONDITION,
             Self::Id(_)
             | Self::Spec { .. }
             | Self::Plan(_)

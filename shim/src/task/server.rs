@@ -32,7 +32,7 @@ use tokio::{
 };
 
 use super::{Api, Events, Exit, Service, clean_up::clean_up, info::runtime_info};
-use crate::sys;
+use crate::{sandbox::POD_ANNOTATIONS, sys};
 
 /// The runtime's name at containerd.
 pub const RUNTIME: &str = "io.containerd.chsnap.v2";
@@ -42,9 +42,6 @@ const UNUSED: Duration = Duration::from_secs(60);
 
 const V2: &str = "containerd.task.v2.Task";
 const V3: &str = "containerd.task.v3.Task";
-
-/// Annotations that name the pod a container belongs to, as CRI implementations set them.
-const POD_ANNOTATIONS: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID"];
 
 /// The server could not be started.
 #[derive(Debug, ThisError)]

@@ -15,16 +15,16 @@ use crate::{
         too_many_layers, user_namespace,
     },
     errors_host::{
-        agent_of_another_release, annotation_of_pod, cgroup_refused, cloud_hypervisor_wanted, memory_of_pod,
-        pod_exists, pod_without_shim, shim_killed, shim_killed_in_boot, virtiofsd_killed_in_boot, vmm_gives_up,
-        vmm_killed_in_boot, vmm_says_nothing,
+        agent_of_another_release, annotation_of_pod, cgroup_refused, cloud_hypervisor_wanted, files_later,
+        memory_of_pod, pod_exists, pod_without_shim, shim_killed, shim_killed_in_boot, virtiofsd_killed_in_boot,
+        vmm_gives_up, vmm_killed_in_boot, vmm_says_nothing,
     },
     share::Tmpfs,
 };
 
 crate::errors! {
     config_missing, config_directory, config_relative, config_syntax, config_unknown_key, config_unknown_table,
-    config_body, config_bad_value, config_out_of_range, config_relative_value, annotation_unknown, annotation_value, annotation_of_pod, memory_of_pod,
+    config_body, config_bad_value, config_out_of_range, config_relative_value, annotation_unknown, annotation_value, annotation_of_pod, memory_of_pod, files_later,
     snapshot_required, vcpus_too_many, memory_too_large, limit_too_large,
     host_network, host_pid, host_ipc, host_device, foreign_pid_namespace, foreign_mount_namespace, user_namespace, oci_hooks,
     intel_rdt, personality, scheduling, host_cpus, disk_limits, no_oom_killer, propagation, mapped_mount, mount_option, bind_socket,

@@ -63,6 +63,18 @@ pub fn memory_of_pod(env: &Env) -> Result<String> {
     Ok(message)
 }
 
+/// A further container that brings files of the host's into a pod whose guest would not see them change.
+pub fn files_later(env: &Env) -> Result<String> {
+    let started = env.container().sh("echo up; sleep 1000").start()?;
+    started.wait_log("up")?;
+    let beside = || env.container().annotation("io.kubernetes.cri.sandbox-id", &started.id).command(["true"]);
+    let mount = format!("type=bind,src={},dst=/mnt,options=rbind:ro", env.dir.display());
+    let message = failed(beside().flags(["--mount", &mount]).output()?, AT_ONCE)?;
+    beside().output()?.success()?;
+    started.remove()?;
+    Ok(message)
+}
+
 /// The shim of the pod was killed: what is to be added to it has nowhere to go.
 pub fn pod_without_shim(env: &Env) -> Result<String> {
     let container = env.container().annotation("io.kubernetes.cri.sandbox-id", "no-such-pod").command(["true"]);

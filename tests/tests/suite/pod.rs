@@ -35,7 +35,9 @@ fn beside<'a>(env: &'a Env, first: &Started<'_>) -> Container<'a> {
 
 /// A pod's second container comes into a machine that runs: what is closed for writing has to be closed there too.
 fn two_containers(env: &Env) -> Result<()> {
-    let first = env.container().sh("echo up; sleep 1000").start()?;
+    let first = env.container();
+    let id = first.id.clone();
+    let first = first.annotation("io.kubernetes.cri.sandbox-id", &id).sh("echo up; sleep 1000").start()?;
     first.wait_log("up")?;
     let volume = env.dir.join("volume");
     fs::create_dir(&volume)?;
@@ -45,11 +47,16 @@ fn two_containers(env: &Env) -> Result<()> {
     second.wait_log("up")?;
     ensure!(env.processes(env.vmm_name()).len() == 1, "{:?}", env.processes(env.vmm_name()));
     ensure!(second.sh("cat /mnt/volume/word")? == "secret");
+    // Volumes change while a pod runs: names are believed for a second.
+    fs::write(volume.join("later"), "seen\n")?;
+    fs::rename(volume.join("later"), volume.join("word"))?;
+    let seen = || second.sh("cat /mnt/volume/word").ok().filter(|word| word == "seen");
+    ensure!(eventually(Duration::from_secs(10), seen).is_some(), "the host's later file is not seen");
     for place in ["/mnt/volume/word", "/mnt/volume/new", "/etc/new"] {
         let said = second.exec(["sh", "-c", &format!("echo x > {place}")]).output()?;
         ensure!(said.code != 0 && said.stderr.contains("Read-only file system"), "{place}: {}", said.whole());
     }
-    ensure!(fs::read_to_string(volume.join("word"))? == "secret\n" && !volume.join("new").exists());
+    ensure!(fs::read_to_string(volume.join("word"))? == "seen\n" && !volume.join("new").exists());
     // Each has its own processes and root, and its own end.
     ensure!(first.sh("test -e /mnt/volume; echo $?")? == "1");
     second.exec(["sh", "-c", "exit 4"]).output()?.code(4)?;

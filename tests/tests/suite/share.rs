@@ -12,7 +12,7 @@ use chsnap_tests::Env;
 crate::cases! {
     Likewise: in_the_snapshot, native_snapshotter, binds, read_only_root;
     Vms: sandboxed;
-    Once: bind_options, full_disk;
+    Once: bind_options, full_disk, read_once;
 }
 
 /// Everything a file system has to be able to do.
@@ -134,6 +134,39 @@ fn binds(env: &Env) -> Result<()> {
     ensure!(fs::read_to_string(env.dir.join("rw/from-guest"))? == "guest\n");
     ensure!(fs::read_to_string(env.dir.join("ro/from-host"))? == "changed\n");
     Ok(())
+}
+
+/// Where nobody but the guest writes, a program that was read is not read again. It is where the host may have written.
+fn read_once(env: &Env) -> Result<()> {
+    let again = |started: &chsnap_tests::Started<'_>| -> Result<u64> {
+        for _ in 0..2 {
+            started.exec(["id"]).output()?.success()?;
+        }
+        let before = served(env)?;
+        started.exec(["id"]).output()?.success()?;
+        Ok(served(env)? - before)
+    };
+    let alone = env.container().sh("sleep 1000").start()?;
+    let own = again(&alone)?;
+    alone.remove()?;
+    let mount = format!("type=bind,src={},dst=/mnt,options=rbind:ro", env.dir.display());
+    let bound = env.container().flags(["--mount", &mount]).sh("sleep 1000").start()?;
+    let shared = again(&bound)?;
+    bound.remove()?;
+    ensure!(own < 256 << 10, "a container of its own read {own} bytes again");
+    ensure!(shared > 1 << 20, "with the host's files only {shared} bytes are read again");
+    Ok(())
+}
+
+/// Bytes that virtiofsd has read so far.
+fn served(env: &Env) -> Result<u64> {
+    let read = |process: chsnap_tests::Process| {
+        let text = fs::read_to_string(format!("/proc/{}/io", process.pid)).ok()?;
+        text.lines().find_map(|line| line.strip_prefix("rchar: ")?.parse::<u64>().ok())
+    };
+    let all: Vec<u64> = env.processes("virtiofsd").into_iter().filter_map(read).collect();
+    ensure!(!all.is_empty(), "no virtiofsd");
+    Ok(all.iter().sum())
 }
 
 /// What a FUSE file system of the guest does not know of the host's mounts, and what is mounted below a bind.
