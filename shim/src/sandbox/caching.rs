@@ -11,18 +11,12 @@ use crate::{config::CacheMode, share::Overlay};
 /// them, nothing of the host's is in it, and no further container is to be expected, which may have some.
 pub(super) fn is_alone(request: &Request<'_>, first: &NewContainer<'_>) -> bool {
     request.config.share.cache == CacheMode::Auto
-        && request.id == first.id
         && !first.plan.in_a_pod()
         && !first.plan.has_host_files()
         && Overlay::of(first.rootfs).is_some()
 }
 
-/// As it is for the pod that starts with `first`. Templates are always made with the careful one: what is in use there
-/// outlives its guest.
+/// As it is for the pod that starts with `first`. A template's is never changed so: what is in use there outlives its guest.
 pub(super) fn mode(request: &Request<'_>, first: &NewContainer<'_>) -> CacheMode {
-    match request.config.share.cache {
-        CacheMode::Auto if is_alone(request, first) => CacheMode::Always,
-        CacheMode::Auto => CacheMode::Revalidate,
-        wanted => wanted,
-    }
+    if is_alone(request, first) { CacheMode::Always } else { request.config.share.cache }
 }

@@ -1,4 +1,4 @@
-//! Where in the share each of the pod's containers has its root.
+//! Where in the share each of the pod's containers has its root, and how it comes there.
 
 use std::{
     collections::HashMap,
@@ -6,6 +6,9 @@ use std::{
 };
 
 use chsnap_protocol::FIRST_HOME;
+
+use super::{Division, NewContainer, RootError};
+use crate::share::{Content, RootMount, Share};
 
 /// The directories of the share by container. None is used twice: the guest may remember what was there.
 #[derive(Debug)]
@@ -40,6 +43,26 @@ impl Homes {
     pub fn remove(&self, container: &str) -> Option<String> {
         self.taken().homes.remove(container)
     }
+}
+
+/// Puts the container's root, `rootfs`, into the share's directory `home`; answers its specification for the agent, and
+/// what was divided for it.
+pub(crate) fn add_root(
+    share: &Share,
+    home: &str,
+    rootfs: &[RootMount],
+    new: &NewContainer<'_>,
+) -> Result<(Vec<u8>, Division), RootError> {
+    let assembly = share.assemble(new.id, home, rootfs)?;
+    let division = new.plan.divide(home, |place, hidden| assembly.resolve(place, hidden))?;
+    let spec_json = new.plan.spec_json(&division)?;
+    assembly.publish(&Content {
+        binds: &division.binds,
+        staged: &division.staged,
+        mountpoints: &division.mountpoints,
+        readonly: new.plan.readonly,
+    })?;
+    Ok((spec_json, division))
 }
 
 #[cfg(test)]

@@ -28,10 +28,11 @@ pub use dir::{DirError, PodDir, dir_of};
 pub use error::{ContainerError, RootError, StartError};
 pub use expose::{ExposeError, Exposed};
 use homes::Homes;
+pub(crate) use homes::add_root;
 pub(crate) use machine::settled;
 use machine::watch_over;
 pub use phases::Phases;
-pub(crate) use plan::POD_ANNOTATIONS;
+pub(crate) use plan::pod_of;
 pub use plan::{Division, Plan, PlanError};
 pub(crate) use start::TEMPLATE;
 pub use ways::Wanting;
@@ -44,7 +45,7 @@ use crate::{
     config::{AnnotationError, Config, GuestConfig, Overrides, Shape},
     guest,
     origin::Place,
-    share::{Content, RootMount, Share, Virtiofsd},
+    share::{RootMount, Share, Virtiofsd},
     snapshot::InUse,
     state::Way,
     vmm::{self, Vm},
@@ -387,24 +388,4 @@ pub(crate) fn guest_files(files: &GuestConfig) -> Result<(), StartError> {
     })?;
     guest::open(&files.initramfs).map_err(|source| unreadable("initramfs", &files.initramfs, source))?;
     Ok(())
-}
-
-/// Puts the container's root, `rootfs`, into the share's directory `home`; answers its specification for the agent, and
-/// what was divided for it.
-pub(crate) fn add_root(
-    share: &Share,
-    home: &str,
-    rootfs: &[RootMount],
-    new: &NewContainer<'_>,
-) -> Result<(Vec<u8>, Division), RootError> {
-    let assembly = share.assemble(new.id, home, rootfs)?;
-    let division = new.plan.divide(home, |place, hidden| assembly.resolve(place, hidden))?;
-    let spec_json = new.plan.spec_json(&division)?;
-    assembly.publish(&Content {
-        binds: &division.binds,
-        staged: &division.staged,
-        mountpoints: &division.mountpoints,
-        readonly: new.plan.readonly,
-    })?;
-    Ok((spec_json, division))
 }

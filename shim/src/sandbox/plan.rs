@@ -77,7 +77,13 @@ pub struct Division {
 }
 
 /// Annotations that name the pod a container belongs to, as CRI implementations set them.
-pub(crate) const POD_ANNOTATIONS: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID"];
+const POD_ANNOTATIONS: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID"];
+
+/// The pod that a specification says its container belongs to.
+pub(crate) fn pod_of(spec: &Spec) -> Option<&str> {
+    let annotations = spec.annotations().as_ref()?;
+    POD_ANNOTATIONS.iter().find_map(|name| annotations.get(*name)).map(String::as_str)
+}
 
 /// File systems that the guest mounts itself.
 const GUEST_TYPES: &[&str] = &["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
@@ -95,8 +101,7 @@ impl Plan {
     /// Whether it is said to be a pod's, where there may be others.
     #[must_use]
     pub fn in_a_pod(&self) -> bool {
-        let annotations = self.spec.annotations().as_ref();
-        annotations.is_some_and(|all| POD_ANNOTATIONS.iter().any(|name| all.contains_key(*name)))
+        pod_of(&self.spec).is_some()
     }
 
     /// Judges `spec` of `container`.

@@ -122,7 +122,7 @@ fn own_version(line: &str) -> Option<String> {
 /// virtiofsd's own word for it.
 const fn word(cache: CacheMode) -> &'static str {
     match cache {
-        // Of whoever has not decided, the one that is right everywhere.
+        // Where nobody knows better, the one that is right everywhere.
         CacheMode::Auto | CacheMode::Revalidate => "auto",
         CacheMode::Never => "never",
         CacheMode::Always => "always",

@@ -32,7 +32,7 @@ use tokio::{
 };
 
 use super::{Api, Events, Exit, Service, clean_up::clean_up, info::runtime_info};
-use crate::{sandbox::POD_ANNOTATIONS, sys};
+use crate::{sandbox, sys};
 
 /// The runtime's name at containerd.
 pub const RUNTIME: &str = "io.containerd.chsnap.v2";
@@ -146,9 +146,8 @@ pub async fn start(opts: StartOpts) -> Result<String, Error> {
 
 /// The pod of the container whose bundle is the current directory: itself, unless CRI says otherwise.
 fn pod_of(id: &str) -> String {
-    let annotations = oci_spec::runtime::Spec::load("config.json").ok().and_then(|s| s.annotations().clone());
-    let annotations: HashMap<String, String> = annotations.unwrap_or_default();
-    POD_ANNOTATIONS.iter().find_map(|name| annotations.get(*name)).cloned().unwrap_or_else(|| id.into())
+    let spec = oci_spec::runtime::Spec::load("config.json").ok();
+    spec.as_ref().and_then(sandbox::pod_of).unwrap_or(id).into()
 }
 
 /// True where containerd offers version 3 of the task API.
