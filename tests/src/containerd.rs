@@ -94,7 +94,8 @@ impl Containerd {
         let log = fs::OpenOptions::new().append(true).create(true).open(self.log())?;
         let tools = Tools::get();
         let path = [&tools.bin, &self.programs, &tools.target.join("tools/bin")].map(|p| p.display().to_string());
-        let path = format!("{}:{}", path.join(":"), std::env::var("PATH").unwrap_or_default());
+        // Its own directory comes last, by which a VMM is known (see `proc::marked`).
+        let path = format!("{}:{}:{}", path.join(":"), std::env::var("PATH").unwrap_or_default(), self.run.display());
         let child = Command::new(self.programs.join("containerd"))
             .arg("--config")
             .arg(&config)

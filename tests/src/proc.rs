@@ -37,7 +37,9 @@ pub fn marked(run: &Path) -> Vec<Process> {
         .filter_map(|pid| {
             let args = args(pid)?;
             let environ = text(Path::new(&format!("/proc/{pid}/environ"))).unwrap_or_default();
-            let ours = environ.split('\0').any(|v| v == mark) || args.contains(&dir);
+            // A VMM has no other variables, and Cloud Hypervisor is given descriptors only.
+            let in_path = |v: &str| v.strip_prefix("PATH=").is_some_and(|dirs| dirs.split(':').any(|d| d == dir));
+            let ours = environ.split('\0').any(|v| v == mark || in_path(v)) || args.contains(&dir);
             (ours && !args.is_empty()).then_some(Process { pid, args })
         })
         .collect();
