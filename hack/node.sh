@@ -26,8 +26,11 @@ WANTED_CPU=${CPU:-}
 case $ARCH in
   amd64)
     CPU=${CPU:-max}
-    # A fifth level of page tables costs each walk, and twice so in a guest's guest.
-    case $CPU in max | max,*) [[ $CPU == *la57* ]] || CPU=${CPU/max/max,la57=off} ;; esac
+    # A fifth level of page tables costs each walk, and twice so in a guest's guest. Where string instructions pass for
+    # fast, kernel and C library move bytes with them, and they are emulated byte by byte.
+    for feature in la57 erms fsrm; do
+      case $CPU in max | max,*) [[ $CPU == *$feature* ]] || CPU+=,$feature=off ;; esac
+    done
     ;;
   arm64)
     CPU=${CPU:-max}
@@ -113,7 +116,7 @@ boot() {
   setsid python3 "$ROOT/hack/node/machine.py" --arch "$ARCH" --state "$STATE" --sockets "$SOCKETS" \
     --qemu "$QEMU" --virtiofsd "$BIN/virtiofsd" --cpu "$CPU" --cpus "$CPUS" --memory "$MEMORY" \
     --kernel "$KERNEL" --initrd "$STATE/initramfs" --cache always --with "${1:-0}" \
-    --append "console=$CONSOLE quiet panic=-1 mitigations=off cryptomgr.notests node.project=$ROOT node.target=$TARGET node.out=$OUT ${APPEND:-}" \
+    --append "console=$CONSOLE quiet panic=-1 mitigations=off init_on_alloc=0 cryptomgr.notests node.project=$ROOT node.target=$TARGET node.out=$OUT ${APPEND:-}" \
     --share "root:ro:$SHARED_ROOT" --share "project:ro:$ROOT" --share "target:ro:$SHARED_TARGET" --share "out:rw:$OUT" \
     </dev/null >"$STATE/keeper.log" 2>&1 9>&- &
   pid=$!

@@ -72,7 +72,8 @@ if [ -x cloud-hypervisor ] && [ -n "$why" ] && ./suite --list | grep '^cloud-hyp
   exit 1
 fi
 rc=0
-./suite 2>&1 | tee suite.log || rc=$?
+# Told at once, as a node that hangs takes what is told at the end with it.
+./suite --nocapture 2>&1 | tee suite.log || rc=$?
 if [ "$rc" -ne 0 ]; then
   # The suite keeps its logs itself, unless it was killed.
   for log in "$CHSNAP_TARGET"/tests/*/containerd.log; do

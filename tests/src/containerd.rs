@@ -1,6 +1,7 @@
 //! A containerd of the tests' own: own root, state, address and namespace.
 
 use std::{
+    collections::BTreeSet,
     fmt, fs,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -53,6 +54,8 @@ pub struct Containerd {
     pub ctr: Ctr,
     programs: PathBuf,
     process: Mutex<Option<Child>>,
+    /// What it had at the end of a case that left nothing.
+    pub(crate) had: Mutex<Option<BTreeSet<String>>>,
 }
 
 impl Containerd {
@@ -84,7 +87,17 @@ impl Containerd {
         let programs = tools.containerd(version);
         let namespace = format!("cht{me}-{n}");
         let ctr = Ctr::new(programs.join("ctr"), run.join("c.sock"), &namespace, &run);
-        Ok(Self { version, lane, run, root, namespace, ctr, programs, process: Mutex::new(None) })
+        Ok(Self {
+            version,
+            lane,
+            run,
+            root,
+            namespace,
+            ctr,
+            programs,
+            process: Mutex::new(None),
+            had: Mutex::default(),
+        })
     }
 
     /// Starts the process, at first or again.

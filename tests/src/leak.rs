@@ -33,24 +33,39 @@ impl Baseline {
     /// Looks around.
     #[must_use]
     pub fn take(containerd: &Containerd) -> Self {
-        Self { before: look(containerd) }
+        // Nothing but cases and what is built for them changes what containerd has, so the last look holds still, and
+        // what came after it is the next case's to explain.
+        let known = containerd.had.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let mut before = known.unwrap_or_else(|| in_containerd(containerd));
+        before.extend(on_host(containerd));
+        Self { before }
     }
 
     /// What is there now that was not there before, once everything had time to go.
     #[must_use]
     pub fn leftovers(&self, containerd: &Containerd) -> Vec<String> {
-        let mut left = BTreeSet::new();
+        // What could not be looked at may be there, even if it was so before.
+        let is_new = |what: &String| what.starts_with(UNKNOWN) || !self.before.contains(what);
+        let mut left: BTreeSet<String> = BTreeSet::new();
         let gone = eventually(Duration::from_secs(5), || {
-            // What could not be looked at may be there, even if it was so before.
-            left = look(containerd);
-            left.retain(|what| what.starts_with(UNKNOWN) || !self.before.contains(what));
-            left.is_empty().then_some(())
+            left = on_host(containerd).into_iter().filter(is_new).collect();
+            // Asking containerd starts five programs: not before there is nothing else to wait for.
+            if !left.is_empty() {
+                return None;
+            }
+            let has = in_containerd(containerd);
+            left = has.iter().filter(|what| is_new(what)).cloned().collect();
+            left.is_empty().then_some(has)
         });
-        if gone.is_some() { Vec::new() } else { left.into_iter().collect() }
+        if gone.is_none() {
+            left.extend(in_containerd(containerd).into_iter().filter(is_new));
+        }
+        *containerd.had.lock().unwrap_or_else(PoisonError::into_inner) = gone;
+        left.into_iter().collect()
     }
 }
 
-fn look(containerd: &Containerd) -> BTreeSet<String> {
+fn on_host(containerd: &Containerd) -> BTreeSet<String> {
     let mut all = BTreeSet::new();
     let me = containerd.pid();
     for process in proc::marked(&containerd.run).into_iter().filter(|p| Some(p.pid) != me) {
@@ -75,6 +90,11 @@ fn look(containerd: &Containerd) -> BTreeSet<String> {
     for dir in NETWORK_NAMESPACES {
         all.extend(children(Path::new(dir)).into_iter().map(|p| format!("network namespace {}", p.display())));
     }
+    all
+}
+
+fn in_containerd(containerd: &Containerd) -> BTreeSet<String> {
+    let mut all = BTreeSet::new();
     let listed = |args: &[&str], told: &dyn Fn(&str) -> Option<String>| match containerd.list(args) {
         Ok(lines) => lines.iter().filter_map(|line| told(line)).collect(),
         Err(e) => vec![format!("{UNKNOWN}{e:#}")],

@@ -30,8 +30,9 @@ fn machine(arch: Arch, accelerator: Accelerator) -> &'static str {
 /// has none, QEMU does not know their option either.
 fn cpu(arch: Arch, accelerator: Accelerator, rung: Rung, pmu_known: bool) -> String {
     let mut model = match (arch, accelerator) {
-        // Five-level page tables make every emulated TLB miss dearer, for memory no pod has.
-        (Arch::X86_64, Accelerator::Tcg) => "max,la57=off",
+        // Five-level page tables make every emulated TLB miss dearer, for memory no pod has. ERMS and FSRM have kernel
+        // and C library copy and clear with string instructions, which are emulated byte by byte.
+        (Arch::X86_64, Accelerator::Tcg) => "max,la57=off,erms=off,fsrm=off",
         // The architected pointer authentication algorithm costs half of the guest's speed when emulated.
         (Arch::Aarch64, Accelerator::Tcg) => "max,pauth-impdef=on",
         (_, Accelerator::Kvm) => "host",
