@@ -114,7 +114,7 @@ fn in_containerd(containerd: &Containerd) -> BTreeSet<String> {
 
 /// What chsnap has found out about the host, which outlives every pod.
 fn is_memory(containerd: &Containerd, path: &Path) -> bool {
-    ["host.json", "ladder.json"].iter().any(|name| path == containerd.pods().join(name))
+    path == containerd.pods().join("host.json")
 }
 
 /// Mount points below `dir` that this process sees, deepest first.

@@ -8,12 +8,18 @@ use std::{
 };
 
 use nix::fcntl::OFlag;
-use tokio::{net::UnixDatagram, sync::watch, time::sleep};
+use tokio::{
+    net::UnixDatagram,
+    sync::watch,
+    time::{sleep, timeout},
+};
 
 use crate::{container::open_inside, stream};
 
 /// Between two looks.
 const PAUSE: Duration = Duration::from_millis(20);
+/// A server that accepts a connection before it can answer is asked anew after this.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// Bytes of a message of `sd_notify`; longer ones are cut.
 const MAX_MESSAGE: usize = 4096;
 /// Bytes of an HTTP status line.
@@ -77,17 +83,23 @@ pub async fn wait(sign: &Sign, notify: &Notify, root: &Path, last: &mut String) 
         "no READY=1 came".clone_into(last);
         return notify.wait().await;
     }
-    while let Err(why) = look(sign, root).await {
+    while let Err(why) = look(sign, root, last).await {
         *last = why;
         sleep(PAUSE).await;
     }
 }
 
-async fn look(sign: &Sign, root: &Path) -> Result<(), String> {
+async fn look(sign: &Sign, root: &Path, last: &mut String) -> Result<(), String> {
     match sign {
         Sign::Notify => Ok(()),
         Sign::Tcp(port) => stream::probe(*port).await.map(drop).map_err(|e| crate::error::chain(&e)),
-        Sign::Http { port, path } => http(*port, path).await,
+        Sign::Http { port, path } => {
+            let connection = stream::probe(*port).await.map_err(|e| crate::error::chain(&e))?;
+            // The wait for it may be what the deadline ends.
+            *last = format!("port {port} accepted a connection and did not answer GET {path}");
+            let silent = last.clone();
+            timeout(ANSWER_LIMIT, http(connection, *port, path)).await.unwrap_or(Err(silent))
+        }
         Sign::File(path) => {
             let inside = path.strip_prefix("/").unwrap_or(path).to_string_lossy();
             open_inside(root, &inside, OFlag::O_PATH).map(drop).map_err(|e| format!("{}: {}", path.display(), e.desc()))
@@ -95,8 +107,7 @@ async fn look(sign: &Sign, root: &Path) -> Result<(), String> {
     }
 }
 
-async fn http(port: u16, path: &str) -> Result<(), String> {
-    let connection = stream::probe(port).await.map_err(|e| crate::error::chain(&e))?;
+async fn http(connection: stream::Probe, port: u16, path: &str) -> Result<(), String> {
     let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: chsnap\r\nConnection: close\r\n\r\n");
     let failed = |e: io::Error| format!("port {port}: {e}");
     connection.send(request.as_bytes()).await.map_err(failed)?;
@@ -180,6 +191,17 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_server_that_does_not_answer_is_told_of() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (sign, mut last) = (Sign::Http { port, path: "/".into() }, String::new());
+        let notify = Notify::default();
+        let waiting = wait(&sign, &notify, Path::new("/"), &mut last);
+        timeout(Duration::from_millis(200), waiting).await.unwrap_err();
+        assert_eq!(last, format!("port {port} accepted a connection and did not answer GET /"));
+    }
+
+    #[tokio::test]
     async fn an_http_server_is_ready_when_it_says_so() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -194,12 +216,12 @@ mod tests {
             }
         });
         let sign = Sign::Http { port, path: "/healthz".into() };
-        let root = Path::new("/");
-        let text = look(&sign, root).await.unwrap_err();
+        let (root, mut last) = (Path::new("/"), String::new());
+        let text = look(&sign, root, &mut last).await.unwrap_err();
         assert!(text.ends_with("answered GET /healthz with status 503"), "{text}");
-        let text = look(&sign, root).await.unwrap_err();
+        let text = look(&sign, root, &mut last).await.unwrap_err();
         assert!(text.ends_with("\"SSH-2.0\", which is no HTTP"), "{text}");
-        look(&sign, root).await.unwrap();
+        look(&sign, root, &mut last).await.unwrap();
         server.await.unwrap();
     }
 }

@@ -35,7 +35,7 @@ use chsnap_protocol::MAX_CHUNK;
 use crate::sys;
 
 pub use error::StreamError;
-pub use tcp::{ConnectError, probe};
+pub use tcp::{ConnectError, Probe, probe};
 
 /// Far above what one pod needs; bounds what the agent holds.
 const MAX_STREAMS: usize = 8192;

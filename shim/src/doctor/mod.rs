@@ -98,7 +98,7 @@ pub async fn examine(explicit: Option<&Path>) -> Report {
 /// Where the configuration cannot be used, or what is known not be removed.
 pub fn retry(explicit: Option<&Path>) -> Result<(), RetryError> {
     let config = Config::load(explicit)?;
-    let dir = config.state.dir;
+    let dir = config.snapshot.dir;
     Ladder::forget(&dir).map_err(|source| RetryError::Forget { dir, source })
 }
 

@@ -50,7 +50,7 @@ async fn outcome(config: &Config, scout: &mut Scout) -> Result<Option<Outcome>, 
     let shape = Shape::on(host, config, &Overrides::default(), None).map_err(|error| chain(&error))?;
     let machine = Machine { config, shape, driver: &*driver, virtiofsd: &virtiofsd };
     let footing = machine.footing(scout).await.map_err(|error| chain(&error))?;
-    Ok(Ladder::load(&config.state.dir).outcome(&footing).cloned())
+    Ok(Ladder::load(&config.snapshot.dir).outcome(&footing).cloned())
 }
 
 fn judge(config: &Config, outcome: Option<&Outcome>) -> Check {

@@ -218,7 +218,7 @@ impl<'a> Search<'a> {
         }
         let store = Store::open(&config.snapshot.dir, config.snapshot.budget.as_bytes())?;
         let machine = Machine { config, shape, driver, virtiofsd };
-        let ladder = Ladder::load(&config.state.dir);
+        let ladder = Ladder::load(&config.snapshot.dir);
         let outcome = ladder.outcome(&machine.footing(scout).await?).cloned();
         let hopeless = outcome.as_ref().and_then(Outcome::hopeless);
         Ok(Self { request, wanted, machine, store, ladder, outcome, hopeless })

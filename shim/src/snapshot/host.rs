@@ -78,7 +78,7 @@ impl Machine<'_> {
             rung,
             host_kernel,
             cpu,
-            chsnap: env!("CARGO_PKG_VERSION").into(),
+            chsnap: concat!(env!("CARGO_PKG_VERSION"), "+", env!("CHSNAP_SOURCES")).into(),
         })
     }
 

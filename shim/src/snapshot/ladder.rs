@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{Inputs, Key, Refusal, VmmBuild};
 use crate::{files, state::timestamp, vmm::Rung};
 
-/// In the state directory.
+/// Beside the snapshots, as it holds for as long as they do: over a start of the host, too.
 const FILE: &str = "ladder.json";
 /// A larger file is not ours.
 const MAX_BYTES: u64 = 1 << 20;
@@ -95,10 +95,10 @@ impl Outcome {
 }
 
 impl Ladder {
-    /// What is remembered in the state directory; nothing where that cannot be read.
+    /// What is remembered in the snapshots' directory; nothing where that cannot be read.
     #[must_use]
-    pub fn load(state: &Path) -> Self {
-        let path = state.join(FILE);
+    pub fn load(snapshots: &Path) -> Self {
+        let path = snapshots.join(FILE);
         let findings = read(&path).unwrap_or_default();
         Self { path, findings }
     }
@@ -152,8 +152,8 @@ impl Ladder {
     ///
     /// # Errors
     /// Where the file cannot be removed.
-    pub fn forget(state: &Path) -> io::Result<()> {
-        match fs::remove_file(state.join(FILE)) {
+    pub fn forget(snapshots: &Path) -> io::Result<()> {
+        match fs::remove_file(snapshots.join(FILE)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }

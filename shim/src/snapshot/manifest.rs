@@ -217,6 +217,10 @@ impl Manifest {
 
     fn remember(&self, dir: &Path) -> io::Result<()> {
         let verified = Verified::now(dir, self)?;
-        files::replace(&dir.join(VERIFIED), &serde_json::to_vec(&verified)?)
+        // The directory's own time says when the snapshot was used, and a file replaced in it is no use of it.
+        let opened = File::open(dir)?;
+        let used_at = opened.metadata()?.modified()?;
+        files::replace(&dir.join(VERIFIED), &serde_json::to_vec(&verified)?)?;
+        opened.set_modified(used_at)
     }
 }

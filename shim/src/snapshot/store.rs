@@ -256,9 +256,11 @@ impl Building {
         if bytes > self.budget {
             return Err(BuildError::TooLarge { bytes, budget: self.budget });
         }
-        self.make_room(bytes)?;
         let to = self.root.join(key.as_str());
         let failed = |path: &Path, source| BuildError::Io { path: path.into(), source };
+        // Two at once would both find the room that is there for one.
+        let _alone = files::lock_dir(&self.root).map_err(|error| failed(&self.root, error))?;
+        self.make_room(bytes)?;
         sync(&self.dir).map_err(|error| failed(&self.dir, error))?;
         fs::rename(&self.dir, &to).map_err(|error| failed(&to, error))?;
         self.lock = None;

@@ -69,6 +69,32 @@ fn a_snapshot_is_absent_until_it_is_published_and_then_complete() {
 }
 
 #[test]
+fn a_look_at_its_digests_is_no_use_of_a_snapshot() {
+    let (_dir, store) = store(PLENTY);
+    let (older, newer) = (published(&store, 1), published(&store, 2));
+    unused_for(&store, &older, 60);
+    unused_for(&store, &newer, 30);
+    store.verify(&older).unwrap();
+    let order: Vec<Key> = store.list().unwrap().into_iter().map(|entry| entry.key).collect();
+    assert_eq!(order, [newer.clone(), older.clone()]);
+    store.find(&older).unwrap().unwrap();
+    assert_eq!(store.list().unwrap()[0].key, older);
+}
+
+#[test]
+fn two_published_at_once_keep_the_budget() {
+    let (_dir, store) = store(3 * MEMORY.len() as u64 / 2);
+    let building = [1, 2, 3, 4].map(|vcpus| filled(&store, of(vcpus)));
+    thread::scope(|scope| {
+        let publishing = building.map(|one| scope.spawn(|| one.publish(vec![], u64::MAX).unwrap()));
+        for one in publishing {
+            one.join().unwrap();
+        }
+    });
+    assert_eq!(store.list().unwrap().len(), 1);
+}
+
+#[test]
 fn one_builds_at_a_time_and_one_that_gives_up_leaves_nothing() {
     let (_dir, store) = store(PLENTY);
     let building = filled(&store, inputs());

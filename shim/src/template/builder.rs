@@ -83,11 +83,11 @@ impl Workshop<'_> {
         scout: &mut Scout,
         tell: &mut dyn FnMut(&str),
     ) -> Result<(Rung, Vec<Refusal>, Built), TemplateError> {
-        let Config { vmm, guest, state, .. } = &self.order.config;
+        let Config { vmm, guest, snapshot, .. } = &self.order.config;
         let driver = vmm::select(vmm, scout).await?;
         guest_files(guest).map_err(TemplateError::Start)?;
         let footing = self.machine(&*driver).footing(scout).await?;
-        let mut ladder = Ladder::load(&state.dir);
+        let mut ladder = Ladder::load(&snapshot.dir);
         // Whoever waits for it wants it tried.
         let known = ladder.outcome(&footing).filter(|_| self.order.beside).cloned();
         if let Some(why) = known.as_ref().and_then(|outcome| outcome.hopeless()) {
@@ -144,7 +144,7 @@ impl Workshop<'_> {
         let driver = vmm::select(&vmm, scout).await.map_err(TemplateError::from)?;
         let inputs = self.machine(&*driver).base(rung, scout).await.map_err(TemplateError::from)?;
         let key = inputs.key();
-        let mut ladder = Ladder::load(&config.state.dir);
+        let mut ladder = Ladder::load(&config.snapshot.dir);
         if let Some(failure) = ladder.failure(&key).filter(|_| self.order.beside) {
             return Err(TemplateError::Lately(failure.why.clone()).into());
         }

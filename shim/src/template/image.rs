@@ -165,7 +165,7 @@ impl Workshop<'_> {
     /// Remembers of a stack of layers, whose image nobody can name, that this is so: else every pod would ask.
     /// A container that is gone says nothing: the next one of its layers may be asked about.
     async fn nameless(&self, image: &ImageOrder, error: TemplateError, scout: &mut Scout) -> TemplateError {
-        let Config { vmm, state, .. } = &self.order.config;
+        let Config { vmm, snapshot, .. } = &self.order.config;
         let (true, Some(lowers)) = (is_of_no_image(&error), &image.lowers) else { return error };
         let key = async {
             let process = image.blueprint.process(&nameless(lowers)).ok()?;
@@ -173,7 +173,7 @@ impl Workshop<'_> {
             Some(self.machine(&*driver).image(vmm.rung.here(), process, scout).await.ok()?.key())
         };
         if let Some(key) = key.await {
-            Ladder::load(&state.dir).failed(key, chain(&error));
+            Ladder::load(&snapshot.dir).failed(key, chain(&error));
         }
         error
     }
@@ -195,7 +195,7 @@ impl Workshop<'_> {
         let driver = vmm::select(&vmm, scout).await?;
         let inputs = self.machine(&*driver).image(rung, process, scout).await?;
         let key = inputs.key();
-        let mut ladder = Ladder::load(&config.state.dir);
+        let mut ladder = Ladder::load(&config.snapshot.dir);
         if let Some(failure) = ladder.failure(&key).filter(|_| self.order.beside) {
             return Err(TemplateError::Lately(failure.why.clone()));
         }

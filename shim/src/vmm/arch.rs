@@ -20,6 +20,10 @@ impl Arch {
     /// A panic reboots at once, and a reboot ends the VMM. What is left out is of no use in this guest (self tests, a
     /// spare random source, the check of signatures that the initramfs vouches for) and takes two fifths of an
     /// emulated boot. Without `no_timer_check` a busy host's guest may lose its timer.
+    ///
+    /// QEMU does not see virtiofsd write into the guest's memory. Where a page that held translated code gets a file's
+    /// content, only the guest's own clearing of it makes QEMU forget the translation: `init_on_alloc=1`, which is not
+    /// every kernel's default. Without it programs run what was in their pages before.
     pub fn cmdline(self, accelerator: Accelerator, words: &[String]) -> String {
         const COMMON: &str = "quiet panic=-1 cryptomgr.notests initcall_blacklist=load_system_certificate_list,\
             jent_mod_init,bpf_tcp_ca_kfunc_init,bpf_dummy_struct_ops_init,trace_eval_init,init_kprobe_trace";
@@ -27,10 +31,10 @@ impl Arch {
             (Self::X86_64, Accelerator::Kvm) => "console=ttyS0 reboot=t tsc=reliable no_timer_check",
             // Patching and moving the kernel is dear where every changed instruction is translated again.
             (Self::X86_64, Accelerator::Tcg) => {
-                "console=ttyS0 reboot=t tsc=reliable no_timer_check noreplace-smp nokaslr"
+                "console=ttyS0 reboot=t tsc=reliable no_timer_check noreplace-smp nokaslr init_on_alloc=1"
             }
             (Self::Aarch64, Accelerator::Kvm) => "console=ttyAMA0",
-            (Self::Aarch64, Accelerator::Tcg) => "console=ttyAMA0 nokaslr",
+            (Self::Aarch64, Accelerator::Tcg) => "console=ttyAMA0 nokaslr init_on_alloc=1",
         };
         let words = [own, COMMON].into_iter().chain(words.iter().map(String::as_str));
         words.collect::<Vec<_>>().join(" ")

@@ -58,7 +58,9 @@ pub fn way(env: &Env, started: &Started<'_>) -> Result<(String, String)> {
     let metrics = env.chsnap(["ps", "--metrics"])?.text()?;
     let line = metrics.lines().find(|line| line.contains("start_info{") && line.contains(&started.id));
     let line = line.with_context(|| metrics.clone())?;
-    ensure!(line.contains(&format!("way=\"{way}\"")) && line.ends_with("} 1"), "{line}");
+    let label = why_not.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+    let end = format!("way=\"{way}\",why_not=\"{label}\"}} 1");
+    ensure!(line.ends_with(&end), "{line} does not end with {end}");
     Ok((way, why_not))
 }
 
