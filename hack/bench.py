@@ -235,7 +235,7 @@ class Bench:
                 self.note(group, "total", own + self.series[group]["processor time"][i])
         result = {group: {name: spread(values) for name, values in names.items()}
                   for group, names in self.series.items()}
-        result["bare_restore_ms"] = result["bare_restore"]["first response"]
+        result.update(flat("bare_restore_ms", self.series["bare_restore"]["first response"]))
         result["snapshot"] = {k: v for name in ("build_ms", "bytes") for k, v in flat(name, self.series["snapshot"][name]).items()}
         result["clones"] = self.clones()
         return {**result, **self.driver}
@@ -247,7 +247,7 @@ def spread(values):
 
 def flat(name, values):
     """The median under the name itself, and how far the others are from it beside."""
-    return {name: round(statistics.median(values)), f"{name}_min": min(values), f"{name}_max": max(values)}
+    return {name: round(statistics.median(values)), f"{name}_min": round(min(values)), f"{name}_max": round(max(values))}
 
 
 def show(result):
@@ -270,7 +270,7 @@ def ratios(result):
     """What is aimed at, and what came of it."""
     first, up = result["first_response_ms"], result["agent_up_ms"]
     direct, base, image = (first[way]["median"] for way in WAYS)
-    bare = result["bare_restore_ms"]["median"]
+    bare = result["bare_restore_ms"]
     yield f"restored with its process, {direct / image:.1f} times faster than booted (aim: {AIM_IMAGE})", direct / image >= AIM_IMAGE
     faster = up["direct"]["median"] / up["base"]["median"]
     yield f"to the agent, restored from a base snapshot {faster:.1f} times faster than booted (aim: {AIM_BASE})", faster >= AIM_BASE

@@ -49,5 +49,10 @@ check "the other architecture" other_arch
 for arch in amd64 arm64; do
   [ ! -f "$TARGET/guest/$arch/initramfs" ] || check "the initramfs for $arch, again" hack/guest/build.sh "$arch" verify
 done
+if [ -x "$TARGET/release/chsnap" ] && [ -d "$TARGET/tools/containerd-1.6" ] && [ -d "$TARGET/tools/containerd-2.1" ]; then
+  check "what is installed" hack/install_test.sh
+else
+  say "check: what is installed is left out, as it is not built: 'make test' brings all it takes"
+fi
 [ ${#failed[@]} -eq 0 ] || die "failed: $(printf '%s; ' "${failed[@]}")"
 say "all checks passed"

@@ -209,7 +209,10 @@ fn describe(exit: &VmExit) -> String {
     } else {
         format!("the VMM ended ({})", exit.status)
     };
-    for (what, tail) in [("VMM", &exit.stderr), ("guest console", &exit.console)] {
+    // Where the guest says why, what its VMM had to warn of is beside the point.
+    let explained = exit.by_guest && exit.console.lines().any(is_telling);
+    let vmm = if explained { "" } else { exit.stderr.as_str() };
+    for (what, tail) in [("VMM", vmm), ("guest console", exit.console.as_str())] {
         if let Some(words) = last_words(tail) {
             text.push_str(&format!("; {what}: {words}"));
         }
@@ -217,12 +220,47 @@ fn describe(exit: &VmExit) -> String {
     text
 }
 
+fn is_telling(line: &str) -> bool {
+    TELLING.iter().any(|telling| line.contains(telling))
+}
+
 /// Its last lines, or those that explain an end where there are such.
 pub(super) fn last_words(tail: &str) -> Option<String> {
     let lines: Vec<&str> = tail.lines().filter(|l| !l.trim().is_empty()).collect();
     // What follows a panic is the way to it through the kernel, which tells a person nothing.
-    let telling: Vec<&str> = lines.iter().copied().filter(|l| TELLING.iter().any(|t| l.contains(t))).collect();
+    let telling: Vec<&str> = lines.iter().copied().filter(|line| is_telling(line)).collect();
     let last = if telling.is_empty() { &lines } else { &telling };
     let last = &last[last.len().saturating_sub(8)..];
     (!last.is_empty()).then(|| last.join(" | "))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
+    use super::*;
+
+    #[test]
+    fn an_end_is_explained_by_who_knows_why() {
+        let exit = |by_guest, stderr: &str, console: &str| VmExit {
+            status: std::process::ExitStatus::from_raw(0),
+            by_guest,
+            stderr: stderr.into(),
+            console: console.into(),
+        };
+        let warns = "WARN: no SMT isolation\n";
+        for (exit, text) in [
+            (
+                exit(true, warns, "up\nKernel panic - not syncing\nCall trace\n"),
+                "the guest stopped (exit status: 0); guest console: Kernel panic - not syncing",
+            ),
+            (
+                exit(true, warns, "up\n"),
+                "the guest stopped (exit status: 0); VMM: WARN: no SMT isolation; guest console: up",
+            ),
+            (exit(false, "no memory\n", ""), "the VMM ended (exit status: 0); VMM: no memory"),
+        ] {
+            assert_eq!(describe(&exit), text);
+        }
+    }
 }

@@ -118,7 +118,7 @@ pub struct Inputs {
     pub host_kernel: String,
     /// The host's CPU, as far as guests see it.
     pub cpu: String,
-    /// The version of chsnap, which says how machines are put together.
+    /// The version of chsnap and a digest of its sources, which say how machines are put together.
     pub chsnap: String,
 }
 

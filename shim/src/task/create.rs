@@ -204,6 +204,9 @@ impl Service {
             request.id,
             state.phases_us
         );
+        // A builder that was killed when nobody watched it any more has nobody else to clear away after it.
+        let config = request.config.clone();
+        let _ = tokio::task::spawn_blocking(move || template::clear_away(&config)).await;
         if let Some(wanting) = &started.wanting {
             let order = Order::of(request.config, request.overrides, request.shape);
             template::launch(match wanting {

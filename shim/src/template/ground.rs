@@ -33,6 +33,10 @@ pub fn clear_away(config: &Config) {
         }
         dir.remove_of_dying();
     }
+    // To look is no reason to make it.
+    if !config.snapshot.dir.is_dir() {
+        return;
+    }
     let swept = Store::open(&config.snapshot.dir, config.snapshot.budget.as_bytes()).map(|store| store.sweep());
     match swept {
         Ok(Ok(stayed)) => stayed.iter().for_each(|error| log::warn!("{}", chain(error))),

@@ -7,7 +7,8 @@
 //! `CHSNAP_TEST_WAY=direct`, `base` or `image` has all of them start so.
 //! `CHSNAP_TEST_TIMES=file` writes down the seconds that each took.
 //! `CHSNAP_TEST_LOGS=directory` keeps the containerds' logs there when a case has failed.
-//! `CHSNAP_TEST_REFERENCE=1` runs the cases that hold for runc too on runc, to check the cases themselves.
+//! `CHSNAP_TEST_REFERENCE=1` runs the cases that hold for runc too on runc, to check the cases themselves; `=events` or
+//! the like those of a topic.
 
 use std::{
     fs,
@@ -130,7 +131,8 @@ fn clean_up_on_signals() {
 fn trials() -> Vec<Trial> {
     let complete = || errors::complete().map_err(|e| Failed::from(format!("{e:#}")));
     let mut trials = vec![Trial::test("errors::every_row_has_a_case", complete)];
-    let reference = std::env::var_os("CHSNAP_TEST_REFERENCE").is_some();
+    let reference = std::env::var("CHSNAP_TEST_REFERENCE").unwrap_or_default();
+    let is_reference = |topic: &str| reference == "1" || reference.split_whitespace().any(|one| one == topic);
     for vmm in [Vmm::Qemu, Vmm::CloudHypervisor, Vmm::Runc] {
         let why_not = match vmm {
             Vmm::CloudHypervisor => cases::no_cloud_hypervisor(),
@@ -147,7 +149,7 @@ fn trials() -> Vec<Trial> {
                     Scope::Vms => vmm != Vmm::Runc,
                     Scope::Once => vmm != Vmm::Runc && version == Version::V2_1,
                 };
-                if !here || (vmm == Vmm::Runc && !reference) {
+                if !here || (vmm == Vmm::Runc && !is_reference(topic)) {
                     continue;
                 }
                 let name = format!("{vmm}/{version}/{topic}::{}", case.name);

@@ -3,7 +3,7 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use chsnap_tests::{Container, Env, IMAGE, Started, Tools, eventually, http, kill};
+use chsnap_tests::{Container, Env, IMAGE, Started, Tools, eventually, http, kill, patience};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -109,7 +109,9 @@ fn sandbox_without_vm(env: &Env) -> Result<()> {
 
 /// A second container that was not created in time is none, in the guest neither: its name can be used again.
 fn second_too_late(env: &Env) -> Result<()> {
-    let started = env.container().settings(|s| s.set("deadlines", "agent_call", "\"3s\"")).sh("echo up; sleep 1000");
+    let seconds = 3 * patience();
+    let started = env.container().settings(|s| s.set("deadlines", "agent_call", seconds.to_string()));
+    let started = started.sh("echo up; sleep 1000");
     let first = started.start()?;
     first.wait_log("up")?;
     let vmm = env.process(env.vmm_name())?.pid;
@@ -117,7 +119,7 @@ fn second_too_late(env: &Env) -> Result<()> {
     kill(vmm, Signal::SIGSTOP)?;
     let late = second().run()?.start()?;
     // Between the two deadlines: that of the creation, and that of taking it back.
-    std::thread::sleep(Duration::from_millis(4500));
+    std::thread::sleep(Duration::from_millis(4500) * patience());
     kill(vmm, Signal::SIGCONT)?;
     let output = late.output()?;
     ensure!(output.code != 0 && output.stderr.contains("did not answer CreateContainer"), "{}", output.whole());
