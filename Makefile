@@ -2,7 +2,7 @@
 DESTDIR ?=
 PREFIX ?= /usr/local
 
-.PHONY: help setup build image demo test check bench install clean node test-node test-matrix
+.PHONY: help setup build image demo test check bench install clean node test-node test-matrix test-badcases
 
 help:
 	@echo 'make demo       run a Python service as a microVM on a private containerd, and take it down again'
@@ -15,6 +15,7 @@ help:
 	@echo 'make test-node  the integration tests in it, on real KVM; ARCH=amd64|arm64 TESTS=filters'
 	@echo '                CHSNAP_CLOUD_HYPERVISOR_AMD64=, _ARM64= binaries of Cloud Hypervisor; PATIENCE=4 NAME='
 	@echo 'make test-matrix  test-node on both, with both VMMs, which takes hours; writes docs/matrix.md'
+	@echo 'make test-badcases  what can go wrong with a node: one clear line each, nothing left; ARCH=amd64|arm64'
 	@echo 'make install    DESTDIR= PREFIX=/usr/local'
 	@echo 'make clean      remove everything that was made'
 
@@ -49,6 +50,9 @@ test-node:
 
 test-matrix:
 	@hack/node/matrix.sh $(TESTS)
+
+test-badcases:
+	@hack/node/badcases.sh
 
 install:
 	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' hack/install.sh

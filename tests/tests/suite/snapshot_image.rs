@@ -14,13 +14,13 @@ use serde_json::Value;
 use crate::{
     events, image,
     snapshot::{container, finished, list, own, way},
-    snapshot_image_built::{builder_killed, built_ahead, neither_restored, not_ready},
+    snapshot_image_built::{as_asked, builder_killed, built_ahead, neither_restored, not_ready},
 };
 
 crate::cases! {
     Vms: initialised;
     Once: ready_signs, not_ready, hooks_fail, another_image, written_before, copied_root, built_ahead, builder_killed,
-          neither_restored;
+          neither_restored, as_asked;
 }
 
 /// Answers what it is, and says when it is ready. Before that it has read what pods have files of their own for, keeps it open

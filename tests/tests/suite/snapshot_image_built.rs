@@ -121,3 +121,35 @@ pub fn builder_killed(env: &Env) -> Result<()> {
     is(env, &third, "image", "")?;
     third.remove()
 }
+
+/// User, directory, environment and limit of a restored container are those asked for; and a limit that is met is told.
+pub fn as_asked(env: &Env) -> Result<()> {
+    let settings = imaged(env);
+    let limit = (64 << 20).to_string();
+    let make = || {
+        let pod = container(env, &settings)
+            .sh("echo $(id -u) $(id -g) $(pwd) $ONE > /tmp/ready; while :; do sleep 0.1; done");
+        let pod = pod.flags(["--user", "1000:1000", "--cwd", "/var", "--env", "ONE=two", "--memory-limit", &limit]);
+        pod.annotation("io.chsnap.ready", "file:///tmp/ready")
+    };
+    let first = make().start()?;
+    finished(env)?;
+    first.remove()?;
+    let second = make();
+    let mut events = events::follow(env, &second.id)?;
+    let second = second.start()?;
+    is(env, &second, "image", "")?;
+    // Of the process that was saved, and of one that is started beside it.
+    let saved = second.sh("cat /tmp/ready; stat -c %u /proc/1; readlink /proc/1/cwd")?;
+    ensure!(saved == "1000 1000 /var two\n1000\n/var", "{saved}");
+    let exec = second.sh("echo $(id -u) $(id -g) $(pwd) $ONE; touch /etc/mine 2>/dev/null || echo not root")?;
+    ensure!(exec == "1000 1000 /var two\nnot root", "{exec}");
+    second.exec(["tail", "/dev/zero"]).output()?.code(137)?;
+    events("/tasks/oom")?;
+    // Another user is another process.
+    let other = make().flags(["--user", "1001:1001"]).start()?;
+    is(env, &other, "base", "process.user")?;
+    finished(env)?;
+    other.remove()?;
+    second.remove()
+}
