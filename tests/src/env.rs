@@ -127,7 +127,10 @@ impl Env {
     /// `chsnap` with another configuration.
     pub fn chsnap_with<S: AsRef<OsStr>>(&self, settings: &Settings, args: impl IntoIterator<Item = S>) -> Result<Run> {
         let config = settings.write(&self.dir)?;
-        Ok(Run::new(Tools::get().bin.join("chsnap")).args(args).arg("--config").arg(config))
+        let run = Run::new(Tools::get().bin.join("chsnap")).args(args).arg("--config").arg(config);
+        // What it starts is known by the same two as what containerd starts (see `proc::marked`).
+        let path = format!("{}:{}", std::env::var("PATH").unwrap_or_default(), self.daemon.run.display());
+        Ok(run.env("PATH", path).env(proc::MARK, &self.daemon.run))
     }
 
     /// The processes of this containerd's containers whose program's name contains `name`.
