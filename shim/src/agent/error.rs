@@ -55,6 +55,12 @@ impl AgentError {
         matches!(self, Self::Lost { .. })
     }
 
+    /// True where nobody is at the other end, or nobody who is understood.
+    #[must_use]
+    pub fn is_of_channel(&self) -> bool {
+        matches!(self, Self::Session(_) | Self::Lost { .. })
+    }
+
     /// True where the agent said that there is no such process, container or file.
     #[must_use]
     pub fn is_not_found(&self) -> bool {

@@ -133,9 +133,7 @@ impl StartError {
     pub(super) fn is_of_channel(&self) -> bool {
         match self {
             Self::Channel(_) => true,
-            Self::Agent(e) | Self::Resume(e) | Self::Adopt(e) | Self::Container(e) => {
-                matches!(e, AgentError::Session(_) | AgentError::Lost { .. })
-            }
+            Self::Agent(e) | Self::Resume(e) | Self::Adopt(e) | Self::Container(e) => e.is_of_channel(),
             _ => false,
         }
     }

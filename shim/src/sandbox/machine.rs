@@ -154,11 +154,7 @@ pub(crate) async fn while_alive<T>(
             None => Err(StartError::VirtiofsdEnded(ended.how)),
         },
         done = work => match done {
-            // The channel breaks a moment before the VMM is reaped.
-            Err(e) if e.is_of_channel() => match timeout(Duration::from_millis(500), settled(&mut exited_too)).await {
-                Ok(Some(exit)) => Err(StartError::Died { how: describe(&exit) }),
-                _ => Err(e),
-            },
+            Err(e) if e.is_of_channel() => Err(ended(vm).await.map_or(e, |how| StartError::Died { how })),
             done => done,
         },
     }
@@ -197,6 +193,12 @@ async fn machine_behind(ended: &Ended, exited: &mut watch::Receiver<Option<VmExi
 /// Waits for what is told once; `None` where nobody is left to tell it.
 pub(crate) async fn settled<T: Clone>(told: &mut watch::Receiver<Option<T>>) -> Option<T> {
     told.wait_for(Option::is_some).await.ok().and_then(|value| value.clone())
+}
+
+/// Why a machine is gone whose channel is broken, which happens a moment before the VMM is reaped; `None` where it is not.
+pub(crate) async fn ended(vm: &dyn Vm) -> Option<String> {
+    let exit = timeout(Duration::from_millis(500), settled(&mut vm.exited())).await;
+    exit.ok().flatten().as_ref().map(describe)
 }
 
 /// In the guest's words, why it stopped.

@@ -75,6 +75,9 @@ pub enum ProcessError {
     /// The guest.
     #[error("the template's guest does not start")]
     Guest(#[source] StartError),
+    /// It ended while it was needed.
+    #[error("the template's VM is gone: {0}")]
+    Gone(String),
     /// The guest refuses it.
     #[error("the template's container does not start")]
     Start(#[source] AgentError),
@@ -96,6 +99,15 @@ pub enum ProcessError {
     /// What was saved is worth nothing.
     #[error("the trial restore failed")]
     Trial(#[source] StartError),
+}
+
+impl ProcessError {
+    fn is_of_channel(&self) -> bool {
+        match self {
+            Self::Start(source) | Self::Freeze(source) | Self::NotReady { source, .. } => source.is_of_channel(),
+            _ => false,
+        }
+    }
 }
 
 /// An image that containerd has named.
@@ -254,7 +266,12 @@ impl Workshop<'_> {
             agent.start(TEMPLATE, "").await.map_err(ProcessError::Start)?;
             self.save(&running, image, rung, into, tell).await
         };
-        let saved = within(&root, limit, saved).await;
+        let saved = match within(&root, limit, saved).await {
+            Err(error) if error.is_of_channel() => {
+                Err(machine::ended(running.vm()).await.map_or(error, ProcessError::Gone))
+            }
+            saved => saved,
+        };
         running.end().await;
         drop(container);
         saved?;

@@ -172,9 +172,10 @@ fn told(info: &InfoResponse) -> String {
 fn is_lasting(error: &TemplateError) -> bool {
     match error {
         TemplateError::Start(_) | TemplateError::Room(_) => true,
-        TemplateError::Process(error) => {
-            !matches!(error, ProcessError::Layers | ProcessError::Excess(ExcessError::Look { .. }))
-        }
+        TemplateError::Process(error) => !matches!(
+            error,
+            ProcessError::Layers | ProcessError::Gone(_) | ProcessError::Excess(ExcessError::Look { .. })
+        ),
         TemplateError::Build(error) => !matches!(error, BuildError::Busy { .. } | BuildError::Exists { .. }),
         _ => false,
     }

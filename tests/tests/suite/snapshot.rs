@@ -157,7 +157,7 @@ fn template(env: &Env) -> Option<Process> {
 }
 
 /// Waits until there is one.
-fn template_runs(env: &Env) -> Result<Process> {
+pub fn template_runs(env: &Env) -> Result<Process> {
     eventually(Duration::from_secs(20) * patience(), || template(env)).context("the template's machine is not there")
 }
 

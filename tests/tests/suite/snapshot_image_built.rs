@@ -2,13 +2,14 @@
 
 use std::{fs, time::Duration};
 
-use anyhow::{Result, ensure};
-use chsnap_tests::{Env, Run, Started, patience};
+use anyhow::{Context, Result, ensure};
+use chsnap_tests::{Env, Run, Started, eventually, kill, patience};
+use nix::sys::signal::Signal;
 
 use crate::{
     events,
     faulty::{Faulty, NOT_RESTORED},
-    snapshot::{build, container, finished, kill_builder, way},
+    snapshot::{build, container, finished, kill_builder, template_runs, way},
     snapshot_image::{imaged, is, kinds},
 };
 
@@ -37,7 +38,16 @@ pub fn not_ready(env: &Env) -> Result<()> {
         ensure!(kinds(env, &settings)? == ["base"]);
         second.remove()?;
     }
-    Ok(())
+    // A machine that ends while it is waited for is told of, and not its agent's silence.
+    let pod = container(env, &settings).sh("sleep 1001").annotation("io.chsnap.ready", ready).start()?;
+    let since = || env.daemon.log_tail(60).rsplit("sleep 1001").next().unwrap_or_default().to_owned();
+    let waits = || since().contains("waiting for its process to be ready").then_some(());
+    eventually(Duration::from_secs(60), waits).context("no template waits")?;
+    kill(template_runs(env)?.pid, Signal::SIGKILL)?;
+    finished(env)?;
+    let told = "the template's VM is gone: the VMM ended (signal: 9 (SIGKILL))";
+    eventually(Duration::from_secs(5), || since().contains(told).then_some(())).with_context(since)?;
+    pod.remove()
 }
 
 /// Before the first pod there is what it is restored from, made of the image's name alone.
