@@ -40,7 +40,9 @@ pub fn not_ready(env: &Env) -> Result<()> {
     }
     // A machine that ends while it is waited for is told of, and not its agent's silence.
     let pod = container(env, &settings).sh("sleep 1001").annotation("io.chsnap.ready", ready).start()?;
-    let since = || env.daemon.log_tail(60).rsplit("sleep 1001").next().unwrap_or_default().to_owned();
+    // Only what comes after its name: earlier ones waited, too.
+    let since =
+        || env.daemon.log_tail(60).rsplit_once("sleep 1001").map(|(_, after)| after.to_owned()).unwrap_or_default();
     let waits = || since().contains("waiting for its process to be ready").then_some(());
     eventually(Duration::from_secs(60), waits).context("no template waits")?;
     kill(template_runs(env)?.pid, Signal::SIGKILL)?;
