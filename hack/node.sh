@@ -28,9 +28,10 @@ case $ARCH in
     CPU=${CPU:-max}
     # A fifth level of page tables costs each walk, and twice so in a guest's guest. Where string instructions pass for
     # fast, kernel and C library move bytes with them, and they are emulated byte by byte.
-    for feature in la57 erms fsrm; do
-      case $CPU in max | max,*) [[ $CPU == *$feature* ]] || CPU+=,$feature=off ;; esac
-    done
+    case $CPU in max | max,*)
+      for feature in la57 erms fsrm; do [[ $CPU == *$feature* ]] || CPU+=,$feature=off; done
+      ;;
+    esac
     ;;
   arm64)
     CPU=${CPU:-max}
@@ -113,8 +114,8 @@ boot() {
     die "cannot make the scratch disk $STATE/scratch.ext4"
   say "booting an $ARCH node ($CPU, $CPUS CPUs, $MEMORY)"
   deadline=$((SECONDS + START_TIMEOUT))
-  # QEMU does not see virtiofsd write into the node's memory, and would run what it had translated of a page before: not
-  # if the kernel clears pages first (init_on_alloc), which is Debian's default, and gives one node in ten without it.
+  # QEMU does not see virtiofsd write into the node's memory, and runs what it had translated of a page before, unless the
+  # kernel clears pages first (init_on_alloc, which is Debian's default). Without that, one node of ten came up.
   setsid python3 "$ROOT/hack/node/machine.py" --arch "$ARCH" --state "$STATE" --sockets "$SOCKETS" \
     --qemu "$QEMU" --virtiofsd "$BIN/virtiofsd" --cpu "$CPU" --cpus "$CPUS" --memory "$MEMORY" \
     --kernel "$KERNEL" --initrd "$STATE/initramfs" --cache always --with "${1:-0}" \

@@ -107,8 +107,7 @@ impl Containerd {
         let log = fs::OpenOptions::new().append(true).create(true).open(self.log())?;
         let tools = Tools::get();
         let path = [&tools.bin, &self.programs, &tools.target.join("tools/bin")].map(|p| p.display().to_string());
-        // Its own directory comes last, by which a VMM is known (see `proc::marked`).
-        let path = format!("{}:{}:{}", path.join(":"), std::env::var("PATH").unwrap_or_default(), self.run.display());
+        let path = format!("{}:{}", path.join(":"), proc::path(&self.run));
         let child = Command::new(self.programs.join("containerd"))
             .arg("--config")
             .arg(&config)
@@ -284,7 +283,7 @@ fn empty(dir: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A case that panicked has left nothing half done in here.
+/// A case that panicked has left nothing half done.
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -128,9 +128,7 @@ impl Env {
     pub fn chsnap_with<S: AsRef<OsStr>>(&self, settings: &Settings, args: impl IntoIterator<Item = S>) -> Result<Run> {
         let config = settings.write(&self.dir)?;
         let run = Run::new(Tools::get().bin.join("chsnap")).args(args).arg("--config").arg(config);
-        // What it starts is known by the same two as what containerd starts (see `proc::marked`).
-        let path = format!("{}:{}", std::env::var("PATH").unwrap_or_default(), self.daemon.run.display());
-        Ok(run.env("PATH", path).env(proc::MARK, &self.daemon.run))
+        Ok(run.env("PATH", proc::path(&self.daemon.run)).env(proc::MARK, &self.daemon.run))
     }
 
     /// The processes of this containerd's containers whose program's name contains `name`.

@@ -6,13 +6,12 @@ use std::{
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::Command,
-    sync::PoisonError,
     time::Duration,
 };
 
 use sha2::{Digest, Sha256};
 
-use crate::{Containerd, eventually, pod::IDS, proc};
+use crate::{Containerd, containerd::locked, eventually, pod::IDS, proc};
 
 const SHIM_SOCKETS: &str = "/run/containerd/s";
 /// The cgroup of those that build snapshots.
@@ -35,7 +34,7 @@ impl Baseline {
     pub fn take(containerd: &Containerd) -> Self {
         // Nothing but cases and what is built for them changes what containerd has, so the last look holds still, and
         // what came after it is the next case's to explain.
-        let known = containerd.had.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let known = locked(&containerd.had).take();
         let mut before = known.unwrap_or_else(|| in_containerd(containerd));
         before.extend(on_host(containerd));
         Self { before }
@@ -60,7 +59,7 @@ impl Baseline {
         if gone.is_none() {
             left.extend(in_containerd(containerd).into_iter().filter(is_new));
         }
-        *containerd.had.lock().unwrap_or_else(PoisonError::into_inner) = gone;
+        *locked(&containerd.had) = gone;
         left.into_iter().collect()
     }
 }
@@ -146,7 +145,7 @@ fn foreign_mounts(dir: &Path) -> Vec<String> {
 
 /// Sockets of our containers' shims. Those of others come and go beside us.
 fn sockets(containerd: &Containerd) -> Vec<String> {
-    let ids = IDS.lock().unwrap_or_else(PoisonError::into_inner);
+    let ids = locked(&IDS);
     let paths = ids.iter().map(|id| shim_socket(containerd, id));
     paths.filter(|p| p.exists()).map(|p| format!("socket {}", p.display())).collect()
 }

@@ -5,14 +5,14 @@ use std::{
     ffi::{OsStr, OsString},
     fs,
     path::PathBuf,
-    sync::{Mutex, PoisonError},
+    sync::Mutex,
     time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
 use containerd_shim_protos::shim_sync::{Client, TaskClient};
 
-use crate::{Env, Output, Run, Settings, Vmm, env::number, leak, ways, ways::Way};
+use crate::{Env, Output, Run, Settings, Vmm, containerd::locked, env::number, leak, ways, ways::Way};
 
 /// The demo image.
 pub const IMAGE: &str = "localhost/chsnap/python-demo:latest";
@@ -113,7 +113,7 @@ impl<'a> Container<'a> {
 
     /// `verb` (`run`, `container create`) with everything that describes the container.
     pub fn ctr(&self, verb: &[&str], flags: &[&str], wrapper: Option<&[&str]>) -> Result<Run> {
-        IDS.lock().unwrap_or_else(PoisonError::into_inner).insert(self.id.clone());
+        locked(&IDS).insert(self.id.clone());
         let (mut words, mut command) = (self.flags.clone(), self.command.clone());
         if self.env.way != Way::Direct && self.is_ordinary() {
             let may_be_launched = self.env.way == Way::Image && self.image == IMAGE;

@@ -8,6 +8,11 @@ use nix::{sys::signal, unistd::Pid};
 /// The variable through which every descendant of a test's containerd is known.
 pub(crate) const MARK: &str = "CHSNAP_TEST_RUN";
 
+/// This process's `PATH` with the run's directory as its last, by which a VMM is known: it has no other variables.
+pub(crate) fn path(run: &Path) -> String {
+    format!("{}:{}", std::env::var("PATH").unwrap_or_default(), run.display())
+}
+
 /// A process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Process {

@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io::{Read, Write},
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     thread,
     time::Duration,
 };
@@ -15,7 +15,7 @@ use nix::{
     unistd::ttyname,
 };
 
-use crate::{Run, eventually};
+use crate::{Run, containerd::locked, eventually};
 
 /// The terminal's other end.
 #[derive(Debug)]
@@ -41,7 +41,7 @@ impl Pty {
                 if n == 0 {
                     break;
                 }
-                shared.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&buffer[..n]);
+                locked(&shared).extend_from_slice(&buffer[..n]);
             }
         });
         Ok(Self { master, slave: File::from(pair.slave), name, seen })
@@ -70,7 +70,7 @@ impl Pty {
     /// What has been shown so far.
     #[must_use]
     pub fn seen(&self) -> String {
-        String::from_utf8_lossy(&self.seen.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
+        String::from_utf8_lossy(&locked(&self.seen)).into_owned()
     }
 
     /// Waits until `text` has been shown.

@@ -10,13 +10,13 @@ use std::{
     ffi::OsString,
     fmt, fs,
     path::PathBuf,
-    sync::{Mutex, PoisonError},
+    sync::Mutex,
     time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
 
-use crate::{Env, IMAGE, Run, eventually, patience};
+use crate::{Env, IMAGE, Run, containerd::locked, eventually, patience};
 
 /// Pods by their containerd, and how they have to be started: other cases may run at the same time on others.
 static EXPECTED: Mutex<BTreeMap<(PathBuf, String), &str>> = Mutex::new(BTreeMap::new());
@@ -96,7 +96,7 @@ impl Way {
 
 /// This pod has to be started so.
 pub(crate) fn expect(env: &Env, id: &str, way: &'static str) {
-    let mut expected = EXPECTED.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut expected = locked(&EXPECTED);
     expected.insert((env.daemon.root.clone(), id.to_owned()), way);
 }
 
@@ -128,7 +128,7 @@ pub fn build(env: &Env, case: &str) -> Result<()> {
         (Way::Image, TERMINAL) => &[&[], &["--stdin"], &["--stdin", "--tty"]],
         (Way::Image, _) => &[&[], &["--stdin"]],
     };
-    let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut built = locked(&BUILT);
     let mut once = |what: String, run: Result<Run>| {
         let place = (env.daemon.root.join(env.vmm.to_string()), what);
         if built.contains(&place) {
@@ -156,7 +156,7 @@ pub fn mark(env: &Env) -> usize {
 
 /// Compares how the pods were started since `mark` with how they had to be.
 pub fn check(env: &Env, mark: usize) -> Result<()> {
-    let mut all = EXPECTED.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut all = locked(&EXPECTED);
     let (ours, theirs) =
         std::mem::take(&mut *all).into_iter().partition::<BTreeMap<_, _>, _>(|((root, _), _)| *root == env.daemon.root);
     *all = theirs;
