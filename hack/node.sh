@@ -116,10 +116,11 @@ boot() {
   deadline=$((SECONDS + START_TIMEOUT))
   # QEMU does not see virtiofsd write into the node's memory, and runs what it had translated of a page before, unless the
   # kernel clears pages first (init_on_alloc, which is Debian's default). Without that, one node of ten came up.
+  # Nor does QEMU bear a second CPU that uses devices while the first one sets some up: it comes later (maxcpus=1).
   setsid python3 "$ROOT/hack/node/machine.py" --arch "$ARCH" --state "$STATE" --sockets "$SOCKETS" \
     --qemu "$QEMU" --virtiofsd "$BIN/virtiofsd" --cpu "$CPU" --cpus "$CPUS" --memory "$MEMORY" \
     --kernel "$KERNEL" --initrd "$STATE/initramfs" --cache always --with "${1:-0}" \
-    --append "console=$CONSOLE quiet panic=-1 mitigations=off init_on_alloc=1 cryptomgr.notests node.project=$ROOT node.target=$TARGET node.out=$OUT ${APPEND:-}" \
+    --append "console=$CONSOLE quiet panic=-1 mitigations=off init_on_alloc=1 maxcpus=1 cryptomgr.notests node.project=$ROOT node.target=$TARGET node.out=$OUT ${APPEND:-}" \
     --share "root:ro:$SHARED_ROOT" --share "project:ro:$ROOT" --share "target:ro:$SHARED_TARGET" --share "out:rw:$OUT" \
     </dev/null >"$STATE/keeper.log" 2>&1 9>&- &
   pid=$!

@@ -76,6 +76,10 @@ ln -s /proc/self/mounts etc/mtab
 # Large pages make a guest's page faults fewer, each of which is dear when its host is emulated.
 echo always >sys/kernel/mm/transparent_hugepage/enabled
 echo always >sys/kernel/mm/transparent_hugepage/shmem_enabled
+# The devices are set up, see node.sh.
+for cpu in sys/devices/system/cpu/cpu[0-9]*/online; do
+  { echo 1 >"$cpu"; } 2>/dev/null || echo "chsnap-node: ${cpu%/online} does not come up" >/dev/kmsg
+done
 load kvm
 [ -e /dev/kvm ] || echo "chsnap-node: no /dev/kvm: the CPU model has no virtualisation" >/dev/kmsg
 load more
