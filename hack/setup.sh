@@ -164,7 +164,8 @@ qemu_for() {
     say "QEMU: the system's, $v"
     return 0
   fi
-  fetch_debs "$(newer_suite)" "$(host_arch)" "$dir" deps "$package"
+  (fetch_debs "$(newer_suite)" "$(host_arch)" "$dir" deps "$package") ||
+    die "there is no $binary 10 or newer here, and it could not be fetched from $(newer_suite): install $package, or mend what is said above"
   qemu_wrapper "$dir" "$binary"
   v=$(qemu_version "$BIN/$binary")
   if [ -z "$v" ] || ! version_ge "$v" 10; then

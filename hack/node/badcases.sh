@@ -49,7 +49,7 @@ program='qemu-system-x86_64'
 # Where the machine itself has a QEMU that will do, none is fetched.
 system=$(qemu_version "$program")
 if [ -z "$system" ] || ! version_ge "$system" 10; then
-  says "no QEMU" 1 "the package lists of .* could not be read" \
+  says "no QEMU" 1 "there is no $program 10 or newer here" \
     unshare --net env CHSNAP_TARGET="$WORK/without" "$NODE" run true
 fi
 if [ "$ARCH" != "$(host_arch)" ]; then
