@@ -86,8 +86,8 @@ chmod 755 "$OUT/test"
 variables=("CHSNAP_TEST_PATIENCE=${PATIENCE:-4}" "CHSNAP_TEST_FILTERS=$*")
 [ -z "${CHSNAP_TEST_TIMES:-}" ] || variables+=("CHSNAP_TEST_TIMES=$OUT/times")
 # That CPU has both, and without them the cases of the rungs would have nothing to hide.
-if [ "$ARCH" = arm64 ] && [ -z "${CPU:-}" ]; then variables+=("CHSNAP_TEST_FEATURES=pmu,sve"); fi
-for name in CHSNAP_TEST_WAY CHSNAP_TEST_MEMORY_RESTORE; do [ -z "${!name:-}" ] || variables+=("$name=${!name}"); done
+if [ "$ARCH" = arm64 ] && [ -z "${CPU:-}" ]; then CHSNAP_TEST_FEATURES=${CHSNAP_TEST_FEATURES:-pmu,sve}; fi
+for name in CHSNAP_TEST_WAY CHSNAP_TEST_MEMORY_RESTORE CHSNAP_TEST_FEATURES; do [ -z "${!name:-}" ] || variables+=("$name=${!name}"); done
 rc=0
 "$NODE" run "env $(printf '%q ' "${variables[@]}" "$OUT/test")" || rc=$?
 [ -z "${CHSNAP_TEST_TIMES:-}" ] || [ "$CHSNAP_TEST_TIMES" -ef "$OUT/times" ] || cat "$OUT/times" >>"$CHSNAP_TEST_TIMES" || true

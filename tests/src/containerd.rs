@@ -173,6 +173,12 @@ impl Containerd {
         told[told.len().saturating_sub(lines)..].join("\n")
     }
 
+    /// What the cgroups of those that build snapshots have in the first of these files that is there: v2's and v1's.
+    pub fn bounds_of_builders(&self, names: [&str; 2]) -> Vec<String> {
+        let read = |dir: PathBuf| names.iter().find_map(|name| fs::read_to_string(dir.join(name)).ok());
+        leak::builders_cgroups(&self.pods()).into_iter().filter_map(read).collect()
+    }
+
     /// Where chsnap keeps its pods.
     #[must_use]
     pub fn pods(&self) -> PathBuf {

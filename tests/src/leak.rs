@@ -170,7 +170,7 @@ fn cgroup_dirs(namespace: &str) -> Vec<PathBuf> {
 }
 
 /// The cgroups of what builds snapshots for the pods in `pods`; others' are beside them.
-fn builders_cgroups(pods: &Path) -> Vec<PathBuf> {
+pub(crate) fn builders_cgroups(pods: &Path) -> Vec<PathBuf> {
     let names = (0..MAX_BUILDERS).map(|n| {
         let dir = pods.join(".builders").join(n.to_string());
         let digest = Sha256::digest(dir.as_os_str().as_encoded_bytes());

@@ -1,19 +1,22 @@
-//! VMMs and KVM, as the `vmm` room finds them. Its findings say themselves how to mend them.
+//! VMMs and KVM, as the `vmm` room finds them.
 
 use super::{Check, Status};
-use crate::vmm::{Program, Survey};
+use crate::vmm::{Problem, Program, Survey};
+
+/// Where a KVM that opens runs no guests, there is nothing to be set on this host.
+const ELSEWHERE: &str = "take a host whose KVM runs guests: hardware, or a VM with nested virtualisation; until then QEMU \
+    emulates, which is slower";
 
 /// What is not taken need not be there; only a choice that is left with nothing keeps containers from running.
 pub(super) fn checks(survey: &Survey) -> Vec<Check> {
     let kvm = match &survey.kvm.problem {
         None => Check::ok("kvm", "a guest ran on it"),
-        Some(problem) => unusable("kvm", problem),
+        Some(problem) => Check::warn("kvm", &problem.what, problem.mend.as_deref().unwrap_or(ELSEWHERE)),
     };
     let taken = match (&survey.taken, &survey.problem) {
         (Some(taken), _) => Check::ok("driver", format!("{} with {}: {}", taken.vmm, taken.accelerator, taken.why)),
-        (None, problem) => {
-            Check { status: Status::Missing, ..unusable("driver", problem.as_deref().unwrap_or("no VMM can be used")) }
-        }
+        (None, Some(problem)) => Check { status: Status::Missing, ..unusable("driver", problem) },
+        (None, None) => Check::missing("driver", "no VMM can be used", "install QEMU or Cloud Hypervisor"),
     };
     vec![kvm, program("cloud-hypervisor", &survey.cloud_hypervisor), program("qemu", &survey.qemu), taken]
 }
@@ -22,10 +25,10 @@ fn program(name: &'static str, program: &Program) -> Check {
     match (&program.problem, &program.path, &program.version) {
         (Some(problem), ..) => unusable(name, problem),
         (None, Some(path), Some(version)) => Check::ok(name, format!("{version} ({})", path.display())),
-        (None, ..) => unusable(name, "not found"),
+        (None, ..) => Check::warn(name, "not found", "install it"),
     }
 }
 
-fn unusable(name: &'static str, problem: &str) -> Check {
-    Check { name, status: Status::Warn, found: problem.to_owned(), mend: None }
+fn unusable(name: &'static str, problem: &Problem) -> Check {
+    Check { name, status: Status::Warn, found: problem.what.clone(), mend: problem.mend.clone() }
 }

@@ -31,7 +31,7 @@ pub struct Check {
     pub status: Status,
     /// What was found.
     pub found: String,
-    /// What to do, where something is wrong and `found` does not say it.
+    /// What to do, where something is wrong.
     pub mend: Option<String>,
 }
 

@@ -32,7 +32,7 @@ pub use error::{BootError, ChannelError, ControlError, SnapshotError};
 pub(crate) use memory::Memory;
 pub use rung::Rung;
 pub use select::{SelectError, Taken, select};
-pub use survey::{Kvm, Program, Survey, survey};
+pub use survey::{Kvm, Problem, Program, Survey, survey};
 
 /// Which VMM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

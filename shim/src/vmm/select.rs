@@ -10,7 +10,7 @@ use super::{
     arch::Arch,
     cloud_hypervisor::CloudHypervisor,
     qemu::Qemu,
-    survey::{Host, Program},
+    survey::{Host, Problem, Program},
 };
 use crate::{
     config::{AcceleratorChoice, VmmChoice, VmmConfig},
@@ -26,7 +26,7 @@ pub enum SelectError {
         /// Which.
         kind: VmmKind,
         /// Why not, and what to do.
-        problem: String,
+        problem: Problem,
     },
     /// KVM is wanted, or Cloud Hypervisor, which has nothing else.
     #[error("KVM is needed for {by} but cannot be used: {problem}; or set {instead}")]
@@ -34,7 +34,7 @@ pub enum SelectError {
         /// By what.
         by: &'static str,
         /// Why not, and what to do.
-        problem: String,
+        problem: Problem,
         /// What to configure instead.
         instead: &'static str,
     },
@@ -72,7 +72,7 @@ pub async fn select(config: &VmmConfig, scout: &mut Scout) -> Result<Box<dyn Dri
             } else {
                 let mute = |error| format!("{program:?} does not tell which CPU options it has: {error}");
                 let rungs = scout.own_rungs(&program).await;
-                rungs.map_err(|error| SelectError::Unusable { kind: vmm, problem: mute(error) })?
+                rungs.map_err(|error| SelectError::Unusable { kind: vmm, problem: Problem::mere(mute(error)) })?
             };
             Ok(Box::new(CloudHypervisor { program, own_rungs, memory_restore: config.memory_restore }))
         }
@@ -84,8 +84,7 @@ pub async fn select(config: &VmmConfig, scout: &mut Scout) -> Result<Box<dyn Dri
 pub fn decide(config: &VmmConfig, host: &Host) -> Result<Taken, SelectError> {
     let Host { kvm, cloud_hypervisor, qemu } = host;
     let (choice, wanted) = (config.choice, config.accelerator);
-    let problem = |problem: &Option<String>| problem.clone().unwrap_or_default();
-    let no_kvm = |by, instead| SelectError::NoKvm { by, problem: problem(&kvm.problem), instead };
+    let no_kvm = |by, instead| SelectError::NoKvm { by, problem: told(&kvm.problem), instead };
     let mut why = match choice {
         VmmChoice::Auto => "nothing better exists",
         _ => "the configuration asks for it",
@@ -117,7 +116,7 @@ pub fn decide(config: &VmmConfig, host: &Host) -> Result<Taken, SelectError> {
     }
     let accelerator = if kvm.usable && wanted != AcceleratorChoice::Tcg { Accelerator::Kvm } else { Accelerator::Tcg };
     if accelerator == Accelerator::Tcg {
-        why = problem(&kvm.problem);
+        why = told(&kvm.problem).to_string();
     }
     Ok(Taken { vmm: VmmKind::Qemu, accelerator, program, why })
 }
@@ -125,7 +124,31 @@ pub fn decide(config: &VmmConfig, host: &Host) -> Result<Taken, SelectError> {
 fn usable(program: &Program) -> Result<PathBuf, SelectError> {
     match (&program.path, &program.problem) {
         (Some(path), None) => Ok(path.clone()),
-        (_, problem) => Err(SelectError::Unusable { kind: program.kind, problem: problem.clone().unwrap_or_default() }),
+        (_, problem) => Err(SelectError::Unusable { kind: program.kind, problem: told(problem) }),
+    }
+}
+
+fn told(problem: &Option<Problem>) -> Problem {
+    problem.clone().unwrap_or_else(|| Problem::mere("it was not looked for"))
+}
+
+/// Apart, what is wrong and what to do.
+impl From<SelectError> for Problem {
+    fn from(error: SelectError) -> Self {
+        match error {
+            SelectError::Unusable { kind, problem } => {
+                Self { what: format!("{kind} cannot be used: {}", problem.what), mend: problem.mend }
+            }
+            SelectError::NoKvm { by, problem, instead } => {
+                let mend = problem.mend.map_or_else(String::new, |mend| format!("{mend}, or "));
+                let what = format!("KVM is needed for {by} but cannot be used: {}", problem.what);
+                Self { what, mend: Some(format!("{mend}set {instead}")) }
+            }
+            SelectError::Contradiction => {
+                let what = "Cloud Hypervisor has no accelerator but KVM".to_owned();
+                Self { what, mend: Some("set accelerator = \"auto\", or choice = \"qemu\"".to_owned()) }
+            }
+        }
     }
 }
 
@@ -139,11 +162,11 @@ mod tests {
             kind,
             path: there.then(|| format!("/bin/{kind}").into()),
             version: None,
-            problem: (!there).then(|| format!("no {kind} here")),
+            problem: (!there).then(|| Problem::mere(format!("no {kind} here"))),
             configured: false,
         };
         Host {
-            kvm: Kvm { usable: kvm, problem: (!kvm).then(|| "KVM is broken".into()) },
+            kvm: Kvm { usable: kvm, problem: (!kvm).then(|| Problem::mere("KVM is broken")) },
             cloud_hypervisor: program(VmmKind::CloudHypervisor, cloud_hypervisor),
             qemu: program(VmmKind::Qemu, qemu),
         }

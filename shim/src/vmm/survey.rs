@@ -1,11 +1,9 @@
 //! What this host has: which VMMs, of which version, and whether KVM works.
 
 use std::{
-    env,
+    env, fmt,
     path::{Path, PathBuf},
 };
-
-use serde::Serialize;
 
 use super::{
     VmmKind, cloud_hypervisor, kvm, qemu,
@@ -16,8 +14,35 @@ use crate::{
     program::{Freshness, Scout, in_path, is_executable, numbers, version_in},
 };
 
+/// Why something cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// What is wrong.
+    pub what: String,
+    /// What to do, where anything can be done on this host.
+    pub mend: Option<String>,
+}
+
+impl Problem {
+    fn new(what: impl Into<String>, mend: impl Into<String>) -> Self {
+        Self { what: what.into(), mend: Some(mend.into()) }
+    }
+
+    /// One that nothing is to be done about.
+    pub(super) fn mere(what: impl Into<String>) -> Self {
+        Self { what: what.into(), mend: None }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)?;
+        self.mend.as_ref().map_or(Ok(()), |mend| write!(f, ": {mend}"))
+    }
+}
+
 /// A VMM's program.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone)]
 pub struct Program {
     /// Which VMM it is.
     pub kind: VmmKind,
@@ -25,23 +50,23 @@ pub struct Program {
     pub path: Option<PathBuf>,
     /// What it says its version is.
     pub version: Option<String>,
-    /// Why it cannot be used, and how to mend that.
-    pub problem: Option<String>,
+    /// Why it cannot be used.
+    pub problem: Option<Problem>,
     /// The configuration names it, so that its absence is a mistake and not a choice.
     pub configured: bool,
 }
 
 /// KVM.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone)]
 pub struct Kvm {
     /// A guest ran on it.
     pub usable: bool,
-    /// Why not, and how to mend that.
-    pub problem: Option<String>,
+    /// Why not.
+    pub problem: Option<Problem>,
 }
 
 /// What there is, what would be taken, and why.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone)]
 pub struct Survey {
     /// Which VMM is wanted.
     pub choice: VmmChoice,
@@ -56,7 +81,7 @@ pub struct Survey {
     /// What a container would get.
     pub taken: Option<Taken>,
     /// Why a container would get nothing.
-    pub problem: Option<String>,
+    pub problem: Option<Problem>,
 }
 
 /// Looks at everything; afresh, where the scout does.
@@ -64,7 +89,7 @@ pub async fn survey(config: &VmmConfig, scout: &mut Scout) -> Survey {
     let host = Host::look(config, scout).await;
     let (taken, problem) = match select::decide(config, &host) {
         Ok(taken) => (Some(taken), None),
-        Err(error) => (None, Some(error.to_string())),
+        Err(error) => (None, Some(error.into())),
     };
     let Host { kvm, cloud_hypervisor, qemu } = host;
     let VmmConfig { choice, accelerator, .. } = *config;
@@ -85,9 +110,9 @@ impl Host {
         let all = scout.freshness == Freshness::Now;
         let kvm = if all || config.accelerator != AcceleratorChoice::Tcg {
             let outcome = kvm_works(scout).await;
-            Kvm { usable: outcome.is_ok(), problem: outcome.err().map(|error| error.to_string()) }
+            Kvm { usable: outcome.is_ok(), problem: outcome.err().map(Problem::from) }
         } else {
-            Kvm { usable: false, problem: Some("the configuration asks for accelerator = \"tcg\"".into()) }
+            Kvm { usable: false, problem: Some(Problem::mere("the configuration asks for accelerator = \"tcg\"")) }
         };
         let cloud_hypervisor =
             if all || (kvm.usable && config.choice != VmmChoice::Qemu) || config.choice == VmmChoice::CloudHypervisor {
@@ -101,6 +126,13 @@ impl Host {
             QEMU.unknown(config.qemu.is_some())
         };
         Self { kvm, cloud_hypervisor, qemu }
+    }
+}
+
+impl From<kvm::KvmError> for Problem {
+    fn from(error: kvm::KvmError) -> Self {
+        let mend = error.mend().map(str::to_owned);
+        Self { what: error.to_string(), mend }
     }
 }
 
@@ -149,7 +181,13 @@ const QEMU: Wanted = Wanted {
 
 impl Wanted {
     fn unknown(&self, configured: bool) -> Program {
-        Program { kind: self.kind, path: None, version: None, problem: Some("not looked for".into()), configured }
+        Program {
+            kind: self.kind,
+            path: None,
+            version: None,
+            problem: Some(Problem::mere("not looked for")),
+            configured,
+        }
     }
 }
 
@@ -161,13 +199,15 @@ async fn find(wanted: &Wanted, configured: Option<&Path>, scout: &mut Scout) -> 
     let path = match named {
         Some((path, _)) if is_executable(&path) => path,
         Some((path, by)) => {
-            program.problem = Some(format!("{by} names {path:?}, which is not a program: correct it, or {install}"));
+            let what = format!("{by} names {path:?}, which is not a program");
+            program.problem = Some(Problem::new(what, format!("correct it, or {install}")));
             return program;
         }
         None => match in_path(name) {
             Some(path) => path,
             None => {
-                program.problem = Some(format!("there is no {name} in PATH: {install}, or set {key}"));
+                let what = format!("there is no {name} in PATH");
+                program.problem = Some(Problem::new(what, format!("{install}, or set {key}")));
                 return program;
             }
         },
@@ -176,12 +216,15 @@ async fn find(wanted: &Wanted, configured: Option<&Path>, scout: &mut Scout) -> 
         Ok(version) => {
             let (major, minor) = oldest;
             if numbers(&version) < Some(oldest) {
-                let what = format!("{path:?} is version {version}, but {major}.{minor} or newer is needed: {install}");
-                program.problem = Some(what);
+                let what = format!("{path:?} is version {version}, but {major}.{minor} or newer is needed");
+                program.problem = Some(Problem::new(what, install));
             }
             program.version = Some(version);
         }
-        Err(what) => program.problem = Some(format!("{path:?} does not tell its version ({what}): {install}")),
+        Err(what) => {
+            let what = format!("{path:?} does not tell its version ({what})");
+            program.problem = Some(Problem::new(what, install));
+        }
     }
     program.path = Some(path);
     program
@@ -202,11 +245,13 @@ mod tests {
         let good = found(&program(dir.path(), "good", "echo cloud-hypervisor v52.0")).await;
         assert_eq!((good.version.as_deref(), good.problem), (Some("52.0"), None));
         let old = found(&program(dir.path(), "old", "echo cloud-hypervisor v51.1.0")).await;
-        assert!(old.problem.unwrap().contains("version 51.1.0, but 52.0 or newer"));
+        assert!(old.problem.unwrap().what.contains("version 51.1.0, but 52.0 or newer"));
         let mute = found(&program(dir.path(), "mute", "echo no libssl >&2; exit 127")).await;
-        let problem = mute.problem.unwrap();
+        let problem = mute.problem.unwrap().to_string();
         assert!(problem.contains("exit status: 127") && problem.contains("no libssl"), "{problem}");
         let none = found(&dir.path().join("none")).await;
-        assert!(none.problem.unwrap().starts_with("vmm.cloud_hypervisor names"));
+        let problem = none.problem.unwrap();
+        assert!(problem.what.starts_with("vmm.cloud_hypervisor names"), "{problem}");
+        assert_eq!(problem.mend.unwrap(), "correct it, or install a release of Cloud Hypervisor");
     }
 }

@@ -29,19 +29,36 @@ pub struct Faulty<'a> {
     pub hangs: Option<&'a Path>,
 }
 
+/// The VMM's key in the configuration, and its program.
+fn real(env: &Env) -> Result<(&'static str, &'static Path)> {
+    let tools = Tools::get();
+    let (key, real) = match env.vmm {
+        Vmm::CloudHypervisor => ("cloud_hypervisor", tools.cloud_hypervisor.as_ref()),
+        Vmm::Qemu | Vmm::Runc => ("qemu", Some(&tools.qemu)),
+    };
+    Ok((key, real.context("no such VMM")?))
+}
+
+/// Settings with a VMM that differs from its other releases in bytes alone, and replaces them where they are.
+pub fn release(number: u32, settings: Settings, env: &Env) -> Result<Settings> {
+    let (key, real) = real(env)?;
+    let path = env.dir.join("released-vmm");
+    let new = path.with_extension("new");
+    fs::write(&new, format!("#!/bin/sh\n# release {number}\nexec {real:?} \"$@\"\n"))?;
+    fs::set_permissions(&new, fs::Permissions::from_mode(0o755))?;
+    fs::rename(&new, &path)?;
+    Ok(settings.path("vmm", key, path))
+}
+
 impl Faulty<'_> {
     /// Settings with it as the VMM; its name has to be its own.
     pub fn set(&self, settings: Settings, env: &Env, name: &str) -> Result<Settings> {
-        let tools = Tools::get();
-        let (key, real) = match env.vmm {
-            Vmm::CloudHypervisor => ("cloud_hypervisor", tools.cloud_hypervisor.as_ref()),
-            Vmm::Qemu | Vmm::Runc => ("qemu", Some(&tools.qemu)),
-        };
+        let (key, real) = real(env)?;
         let path = env.dir.join(name);
         let Self { at, text, unless, only, hangs } = self;
         // Its own to each case, as no two hosts have the same VMM: what is found out of one is remembered.
         let how = json!({
-            "case": path, "vmm": key, "real": real.context("no such VMM")?, "at": at, "text": text, "unless": unless, "while": only,
+            "case": path, "vmm": key, "real": real, "at": at, "text": text, "unless": unless, "while": only,
             "hangs_while": hangs,
         });
         fs::write(&path, PROGRAM.replace("@HOW@", &how.to_string()))?;

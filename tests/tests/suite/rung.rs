@@ -48,7 +48,8 @@ fn features<'a>(cpu: &str, mut sources: impl Iterator<Item = &'a str>) -> Featur
 }
 
 /// What a guest without a mask has: with KVM what the host has, else what QEMU emulates. On a host with neither
-/// feature nothing is tested, so `CHSNAP_TEST_FEATURES` names those that have to be there, with commas between.
+/// feature nothing is tested, so `CHSNAP_TEST_FEATURES` names those that have to be there, with commas between, and with
+/// `no-` before it one that must not.
 fn offered(started: &Started<'_>) -> Result<Features> {
     let state: serde_json::Value = serde_json::from_slice(&fs::read(started.pod_dir().join("state.json"))?)?;
     if state["accelerator"] == "tcg" {
@@ -61,6 +62,7 @@ fn offered(started: &Started<'_>) -> Result<Features> {
     let wanted = std::env::var("CHSNAP_TEST_FEATURES").unwrap_or_default();
     for (name, there) in [("pmu", host.0), ("sve", host.1)] {
         ensure!(there || !wanted.split(',').any(|w| w == name), "the host has no {name}, so nothing is hidden here");
+        ensure!(!there || !wanted.split(',').any(|w| w.strip_prefix("no-") == Some(name)), "the host has {name}");
     }
     Ok(host)
 }

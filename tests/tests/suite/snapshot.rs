@@ -11,7 +11,8 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::{
-    faulty::{Faulty, NOT_RESTORED},
+    faulty::{Faulty, NOT_RESTORED, release},
+    share::Tmpfs,
     snapshot_ladder::{
         ladder_restore, ladder_restore_aggressive, ladder_restore_no_pmu, ladder_save, ladder_save_aggressive,
         ladder_save_no_pmu,
@@ -21,7 +22,7 @@ use crate::{
 crate::cases! {
     Vms: restored;
     Once: clones, built_beside, off_and_required, not_restored, spoilt, ladder_restore, ladder_restore_no_pmu,
-          ladder_restore_aggressive, ladder_save, ladder_save_no_pmu, ladder_save_aggressive, builder_killed, one_at_a_time;
+          ladder_restore_aggressive, ladder_save, ladder_save_no_pmu, ladder_save_aggressive, builder_killed, one_at_a_time, store_full;
 }
 
 /// A template boots, is saved, restored, and its digests are taken.
@@ -181,7 +182,7 @@ pub fn finished(env: &Env) -> Result<()> {
 }
 
 fn built_beside(env: &Env) -> Result<()> {
-    let settings = own(env).set("snapshot", "builders", "1");
+    let settings = release(1, own(env).set("snapshot", "builders", "1"), env)?;
     let first = container(env, &settings).sh("sleep 1000").start()?;
     is_direct(env, &first, "there is no base snapshot yet")?;
     let builder = eventually(Duration::from_secs(5), || builders(env).first().copied()).context("nobody builds")?;
@@ -190,6 +191,12 @@ fn built_beside(env: &Env) -> Result<()> {
     ensure!(nice.as_deref() == Some("10"), "{nice:?}");
     // Its machine is where it cannot take much, and sees no network.
     let vmm = template_runs(env)?;
+    for names in [["cpu.max", "cpu.cfs_quota_us"], ["memory.max", "memory.limit_in_bytes"]] {
+        let bounds = env.daemon.bounds_of_builders(names);
+        let bound =
+            |text: &String| text.split_whitespace().next()?.parse::<u64>().ok().filter(|bytes| *bytes < 4 << 30);
+        ensure!(bounds.len() == 1 && bounds.iter().all(|text| bound(text).is_some()), "{names:?}: {bounds:?}");
+    }
     let net = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/net"));
     ensure!(net(vmm.pid)? != net(std::process::id() as i32)?, "the template sees the host's network");
     // It has mounts of its own: the pod's end with the pod. And it goes on without the shim that began it.
@@ -203,15 +210,25 @@ fn built_beside(env: &Env) -> Result<()> {
     let doctor: Value = serde_json::from_str(&env.chsnap_with(&settings, ["doctor", "--json"])?.output()?.text())?;
     ensure!(doctor["ladder"]["rung"] == "standard", "{}", doctor["ladder"]);
     second.remove()?;
-    // A host with another kernel, VMM or initramfs has another key: the old one is not used.
+    // After an upgrade of the VMM the old one is not used, and a new one is built without anybody's doing.
+    let settings = release(2, settings, env)?;
+    let third = container(env, &settings).sh("sleep 1000").start()?;
+    is_direct(env, &third, "there is no base snapshot yet")?;
+    third.remove()?;
+    finished(env)?;
+    let fourth = container(env, &settings).sh("sleep 1000").start()?;
+    is_base(env, &fourth)?;
+    fourth.remove()?;
+    ensure!(list(env, &settings)?.len() == 2);
+    // So it is with another kernel or initramfs.
     let spare = env.dir.join("initramfs");
     let mut text = fs::read(&Tools::get().initramfs)?;
     text.extend([0; 512]);
     fs::write(&spare, text)?;
     let settings = settings.set("snapshot", "builders", "0").path("guest", "initramfs", &spare);
-    let third = container(env, &settings).sh("sleep 1000").start()?;
-    is_direct(env, &third, "[snapshot] builders = 0")?;
-    third.remove()
+    let other = container(env, &settings).sh("sleep 1000").start()?;
+    is_direct(env, &other, "[snapshot] builders = 0")?;
+    other.remove()
 }
 
 fn off_and_required(env: &Env) -> Result<()> {
@@ -330,4 +347,24 @@ fn one_at_a_time(env: &Env) -> Result<()> {
     ensure!(list(env, &settings)?.len() == 1);
     one.remove()?;
     other.remove()
+}
+
+/// A snapshot for which there is no room is said to lack that, leaves nothing, and is held against no rung; pods boot.
+fn store_full(env: &Env) -> Result<()> {
+    let small = Tmpfs::mount(env, "small", "16m")?;
+    let dir = small.path.join("snapshots");
+    let settings = own(env).path("snapshot", "dir", &dir).set("snapshot", "builders", "1");
+    let left = || Ok::<_, anyhow::Error>(fs::read_dir(&dir)?.flatten().map(|e| e.file_name()).collect::<Vec<_>>());
+    let refused = build(env, &settings)?.output()?;
+    ensure!(refused.code != 0 && refused.stderr.contains("No space left on device"), "{}", refused.whole());
+    ensure!(left()?.is_empty(), "{:?} is left", left()?);
+    let pod = container(env, &settings).sh("sleep 1000").start()?;
+    is_direct(env, &pod, "there is no base snapshot yet")?;
+    finished(env)?;
+    ensure!(env.daemon.log_tail(200).contains("No space left on device"), "not in the log");
+    ensure!(left()?.iter().all(|name| name == "ladder.json"), "{:?} is left", left()?);
+    pod.remove()?;
+    let doctor: Value = serde_json::from_str(&env.chsnap_with(&settings, ["doctor", "--json"])?.output()?.text())?;
+    ensure!(doctor["ladder"]["rung"].is_null(), "{}", doctor["ladder"]);
+    Ok(())
 }

@@ -52,12 +52,10 @@ const INTERRUPT: Signal = Signal::SIGURG;
 #[serde(rename_all = "kebab-case")]
 pub enum KvmError {
     /// No device.
-    #[error(
-        "there is no /dev/kvm: load the module kvm_intel or kvm_amd, or enable (nested) virtualisation for this host"
-    )]
+    #[error("there is no /dev/kvm")]
     Missing,
     /// No access.
-    #[error("/dev/kvm cannot be opened ({0}): give the shim's user access to it")]
+    #[error("/dev/kvm cannot be opened ({0})")]
     Denied(String),
     /// It opens, but a guest cannot be made.
     #[error("/dev/kvm opens but makes no guest ({0})")]
@@ -68,6 +66,17 @@ pub enum KvmError {
 }
 
 impl KvmError {
+    /// What to do, where that is in the host's hands.
+    pub fn mend(&self) -> Option<&'static str> {
+        match self {
+            Self::Missing => {
+                Some("load the module kvm_intel or kvm_amd, or enable (nested) virtualisation for this host")
+            }
+            Self::Denied(_) => Some("give the shim's user access to it"),
+            Self::Unmade(_) | Self::Broken(_) => None,
+        }
+    }
+
     /// True where the finding took more than a look at the device, and will be the same until the host changes.
     pub fn is_lasting(&self) -> bool {
         matches!(self, Self::Unmade(_) | Self::Broken(_))
