@@ -52,6 +52,15 @@ fn cpu(arch: Arch, accelerator: Accelerator, rung: Rung, pmu_known: bool) -> Str
     model
 }
 
+/// What is to be known of the host.
+#[derive(Debug, Clone, Default)]
+pub struct Host {
+    /// Whether KVM has performance counters.
+    pub pmu_known: bool,
+    /// What its `/proc/cpuinfo` says.
+    pub cpuinfo: String,
+}
+
 /// Numbers of the descriptors that QEMU inherits.
 #[derive(Debug, Clone, Copy)]
 pub struct Fds {
@@ -66,7 +75,7 @@ pub fn args(
     spec: &VmSpec,
     arch: Arch,
     accelerator: Accelerator,
-    pmu_known: bool,
+    host: &Host,
     fds: Fds,
     incoming: bool,
 ) -> Vec<OsString> {
@@ -86,14 +95,15 @@ pub fn args(
             (Accelerator::Tcg, _) => "tcg,thread=single",
         }],
     );
-    args.option("-cpu", [cpu(arch, accelerator, spec.rung, pmu_known)]);
+    args.option("-cpu", [cpu(arch, accelerator, spec.rung, host.pmu_known)]);
     args.option("-smp", [spec.cpus.to_string()]);
     args.option("-m", [format!("{}M", spec.memory_mib)]);
     // virtiofsd maps the guest's memory, so it has to be shared.
     args.option("-object", [format!("memory-backend-memfd,id=memory,size={}M,share=on", spec.memory_mib)]);
 
     args.option("-kernel", [&spec.kernel]).option("-initrd", [&spec.initramfs]);
-    args.option("-append", [arch.cmdline(accelerator, &spec.cmdline)]);
+    let words = arch.clock_word(accelerator, &host.cpuinfo).into_iter().chain(spec.cmdline.iter().cloned());
+    args.option("-append", [arch.cmdline(accelerator, &words.collect::<Vec<_>>())]);
 
     args.option("-chardev", ["stdio,id=console,signal=off"]).option("-serial", ["chardev:console"]);
     args.option("-chardev", [format!("socket,id=qmp,fd={}", fds.qmp)]);
@@ -161,7 +171,8 @@ mod tests {
     }
 
     fn line(arch: Arch, accelerator: Accelerator) -> Vec<String> {
-        let args = args(&spec(), arch, accelerator, true, Fds { agent: 7, qmp: 9 }, false);
+        let host = Host { pmu_known: true, cpuinfo: "bogomips : 4000.00\n".into() };
+        let args = args(&spec(), arch, accelerator, &host, Fds { agent: 7, qmp: 9 }, false);
         args.into_iter().map(|arg| arg.into_string().unwrap()).collect()
     }
 
@@ -180,6 +191,7 @@ mod tests {
         assert_eq!(values(&line, "-initrd"), ["/guest/initramfs"]);
         let cmdline = values(&line, "-append")[0];
         assert!(cmdline.starts_with("console=ttyS0 ") && cmdline.ends_with(" chsnap.log=debug"), "{cmdline}");
+        assert!(cmdline.contains(" tsc_early_khz=2000000 "), "{cmdline}");
         assert!(cmdline.contains(" panic=-1 ") && !cmdline.contains("  "), "{cmdline}");
         assert!(values(&line, "-chardev").contains(&"socket,id=agent,fd=7"));
         assert!(values(&line, "-chardev").contains(&"socket,id=qmp,fd=9"));

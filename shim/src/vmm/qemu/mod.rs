@@ -10,7 +10,8 @@ mod qmp;
 mod tests;
 
 use std::{
-    io,
+    fs,
+    io::{self, Read},
     os::{fd::OwnedFd, unix::net::UnixStream as StdStream},
     path::{Path, PathBuf},
 };
@@ -19,7 +20,7 @@ use async_trait::async_trait;
 use tokio::{net::UnixStream, sync::watch};
 
 use self::{
-    args::Fds,
+    args::{Fds, Host},
     qmp::{Qmp, Version},
 };
 use super::{
@@ -81,10 +82,11 @@ impl Qemu {
         let (control, control_fd) = socket_pair("QMP")?;
         let control = UnixStream::from_std(control).map_err(|source| BootError::Socket { what: "QMP", source })?;
         let fds = Fds { agent: child::fd_number(&agent_fd), qmp: child::fd_number(&control_fd) };
-        let pmu_known = spec.rung != Rung::Standard && kvm::has_pmu();
+        let host =
+            Host { pmu_known: spec.rung != Rung::Standard && kvm::has_pmu(), cpuinfo: cpuinfo().unwrap_or_default() };
         let launch = Launch {
             program: &self.program,
-            args: args::args(spec, Arch::HOST, self.accelerator, pmu_known, fds, from.is_some()),
+            args: args::args(spec, Arch::HOST, self.accelerator, &host, fds, from.is_some()),
             fds: vec![agent_fd, control_fd],
             cgroups: &spec.cgroups,
             filter: None,
@@ -139,6 +141,13 @@ impl Vm for QemuVm {
     async fn kill(&self) {
         self.process.kill().await;
     }
+}
+
+/// What the host says of its first CPU, without having it ask all the others, which takes long where there are many.
+fn cpuinfo() -> io::Result<String> {
+    let mut first = Vec::new();
+    fs::File::open("/proc/cpuinfo")?.take(4096).read_to_end(&mut first)?;
+    Ok(String::from_utf8_lossy(&first).into_owned())
 }
 
 /// This side's end, not blocking, and the one that QEMU inherits.
