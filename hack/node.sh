@@ -45,11 +45,6 @@ MEMORY=${MEMORY:-6G}
 STATE=$TARGET/node/$ARCH${NAME:+-$NAME}
 OUT=$STATE/out
 # A socket's path may have 107 bytes at most.
-# See the shim's vmm/arch.rs: a busy host's node measures a clock that is far too fast.
-CLOCK=
-if [ "$ARCH" = amd64 ] && [ "$(host_arch)" = amd64 ]; then
-  CLOCK=$(awk '/^bogomips/ { printf "tsc_early_khz=%d", $3 * 500; exit }' /proc/cpuinfo)
-fi
 SOCKETS=/run/chsnap-dev/node-$(printf %s "$STATE" | sha256sum | cut -c1-12)
 START_TIMEOUT=${START_TIMEOUT:-120}
 
@@ -101,7 +96,7 @@ why_gone() {
 
 # boot [<process the node must not outlive>]
 boot() {
-  local pid deadline left
+  local pid deadline left clock=''
   no_node
   # Two would format one disk.
   take_lock "node-${STATE##*/}"
@@ -119,13 +114,17 @@ boot() {
     die "cannot make the scratch disk $STATE/scratch.ext4"
   say "booting an $ARCH node ($CPU, $CPUS CPUs, $MEMORY)"
   deadline=$((SECONDS + START_TIMEOUT))
+  # See the shim's vmm/arch.rs: a busy host's node measures a clock that is far too fast.
+  if [ "$ARCH" = amd64 ] && [ "$(host_arch)" = amd64 ]; then
+    clock=$(awk '/^bogomips/ { printf "tsc_early_khz=%d", $3 * 500; exit }' /proc/cpuinfo)
+  fi
   # QEMU does not see virtiofsd write into the node's memory, and runs what it had translated of a page before, unless the
   # kernel clears pages first (init_on_alloc, which is Debian's default). Without that, one node of ten came up.
   # Nor does QEMU bear a second CPU that uses devices while the first one sets some up: it comes later (maxcpus=1).
   setsid python3 "$ROOT/hack/node/machine.py" --arch "$ARCH" --state "$STATE" --sockets "$SOCKETS" \
     --qemu "$QEMU" --virtiofsd "$BIN/virtiofsd" --cpu "$CPU" --cpus "$CPUS" --memory "$MEMORY" \
     --kernel "$KERNEL" --initrd "$STATE/initramfs" --cache always --with "${1:-0}" \
-    --append "console=$CONSOLE quiet panic=-1 mitigations=off init_on_alloc=1 maxcpus=1 cryptomgr.notests node.project=$ROOT node.target=$TARGET node.out=$OUT $CLOCK ${APPEND:-}" \
+    --append "console=$CONSOLE quiet panic=-1 mitigations=off init_on_alloc=1 maxcpus=1 cryptomgr.notests node.project=$ROOT node.target=$TARGET node.out=$OUT $clock ${APPEND:-}" \
     --share "root:ro:$SHARED_ROOT" --share "project:ro:$ROOT" --share "target:ro:$SHARED_TARGET" --share "out:rw:$OUT" \
     </dev/null >"$STATE/keeper.log" 2>&1 9>&- &
   pid=$!

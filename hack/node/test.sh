@@ -3,7 +3,7 @@
 #
 # QEMU always; Cloud Hypervisor where CHSNAP_CLOUD_HYPERVISOR_AMD64 or _ARM64 names its binary for the
 # node's architecture. Filters are the tests' own: a part of <vmm>/<containerd>/<topic>::<case>.
-# CHSNAP_TEST_WAY, CHSNAP_TEST_MEMORY_RESTORE and CHSNAP_TEST_TIMES hold as they do without a node.
+# CHSNAP_TEST_WAY, CHSNAP_TEST_MEMORY_RESTORE, CHSNAP_TEST_TIMES and CHSNAP_TEST_FEATURES hold as they do without a node.
 # CHSNAP_NO_BUILD=1 takes what has been built. The table in docs/matrix.md (CHSNAP_MATRIX names another) is
 # written from the outcome of the cases that ran.
 set -euo pipefail

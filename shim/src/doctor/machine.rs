@@ -13,10 +13,9 @@ pub(super) fn checks(survey: &Survey) -> Vec<Check> {
         None => Check::ok("kvm", "a guest ran on it"),
         Some(problem) => Check::warn("kvm", &problem.what, problem.mend.as_deref().unwrap_or(ELSEWHERE)),
     };
-    let taken = match (&survey.taken, &survey.problem) {
-        (Some(taken), _) => Check::ok("driver", format!("{} with {}: {}", taken.vmm, taken.accelerator, taken.why)),
-        (None, Some(problem)) => Check { status: Status::Missing, ..unusable("driver", problem) },
-        (None, None) => Check::missing("driver", "no VMM can be used", "install QEMU or Cloud Hypervisor"),
+    let taken = match &survey.taken {
+        Ok(taken) => Check::ok("driver", format!("{} with {}: {}", taken.vmm, taken.accelerator, taken.why)),
+        Err(problem) => Check { status: Status::Missing, ..unusable("driver", problem) },
     };
     vec![kvm, program("cloud-hypervisor", &survey.cloud_hypervisor), program("qemu", &survey.qemu), taken]
 }

@@ -89,7 +89,7 @@ pub async fn examine(explicit: Option<&Path>) -> Report {
     checks.extend([host::overlay(), host::tun(), host::state(&config.state.dir)]);
     let (snapshots, ladder) = snapshots::check(&config, &mut scout).await;
     checks.push(snapshots);
-    Report { ok: checks.iter().all(|check| check.status != Status::Missing), driver: survey.taken, ladder, checks }
+    Report { ok: checks.iter().all(|check| check.status != Status::Missing), driver: survey.taken.ok(), ladder, checks }
 }
 
 /// Forgets on which rung snapshots work, so that the next template is tried on each.

@@ -68,32 +68,22 @@ pub struct Kvm {
 /// What there is, what would be taken, and why.
 #[derive(Debug, Clone)]
 pub struct Survey {
-    /// Which VMM is wanted.
-    pub choice: VmmChoice,
-    /// Which accelerator is wanted.
-    pub accelerator: AcceleratorChoice,
     /// KVM.
     pub kvm: Kvm,
     /// Cloud Hypervisor.
     pub cloud_hypervisor: Program,
     /// QEMU.
     pub qemu: Program,
-    /// What a container would get.
-    pub taken: Option<Taken>,
-    /// Why a container would get nothing.
-    pub problem: Option<Problem>,
+    /// What a container would get, or why nothing.
+    pub taken: Result<Taken, Problem>,
 }
 
 /// Looks at everything; afresh, where the scout does.
 pub async fn survey(config: &VmmConfig, scout: &mut Scout) -> Survey {
     let host = Host::look(config, scout).await;
-    let (taken, problem) = match select::decide(config, &host) {
-        Ok(taken) => (Some(taken), None),
-        Err(error) => (None, Some(error.into())),
-    };
+    let taken = select::decide(config, &host).map_err(Problem::from);
     let Host { kvm, cloud_hypervisor, qemu } = host;
-    let VmmConfig { choice, accelerator, .. } = *config;
-    Survey { choice, accelerator, kvm, cloud_hypervisor, qemu, taken, problem }
+    Survey { kvm, cloud_hypervisor, qemu, taken }
 }
 
 /// Everything that a decision depends on.

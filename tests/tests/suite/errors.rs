@@ -190,7 +190,7 @@ fn kvm_wanted(env: &Env) -> Result<String> {
 }
 
 /// The configuration's key of this VMM's program.
-fn vmm_key(env: &Env) -> &'static str {
+pub fn vmm_key(env: &Env) -> &'static str {
     if env.vmm == Vmm::CloudHypervisor { "cloud_hypervisor" } else { "qemu" }
 }
 

@@ -7,6 +7,8 @@ use anyhow::{Context, Result};
 use chsnap_tests::{Env, Settings, Tools, Vmm};
 use serde_json::json;
 
+use crate::errors::{script_at, vmm_key};
+
 /// What an arm64 host whose KVM refuses a register makes Cloud Hypervisor say when it restores.
 pub const NOT_RESTORED: &str = "Could not set the vCPU state SetSysRegister(Invalid argument (os error 22))";
 /// When it saves.
@@ -29,36 +31,34 @@ pub struct Faulty<'a> {
     pub hangs: Option<&'a Path>,
 }
 
-/// The VMM's key in the configuration, and its program.
-fn real(env: &Env) -> Result<(&'static str, &'static Path)> {
+/// The VMM's program.
+fn real(env: &Env) -> Result<&'static Path> {
     let tools = Tools::get();
-    let (key, real) = match env.vmm {
-        Vmm::CloudHypervisor => ("cloud_hypervisor", tools.cloud_hypervisor.as_ref()),
-        Vmm::Qemu | Vmm::Runc => ("qemu", Some(&tools.qemu)),
+    let real = match env.vmm {
+        Vmm::CloudHypervisor => tools.cloud_hypervisor.as_deref(),
+        Vmm::Qemu | Vmm::Runc => Some(tools.qemu.as_path()),
     };
-    Ok((key, real.context("no such VMM")?))
+    real.context("no such VMM")
 }
 
 /// Settings with a VMM that differs from its other releases in bytes alone, and replaces them where they are.
 pub fn release(number: u32, settings: Settings, env: &Env) -> Result<Settings> {
-    let (key, real) = real(env)?;
     let path = env.dir.join("released-vmm");
     let new = path.with_extension("new");
-    fs::write(&new, format!("#!/bin/sh\n# release {number}\nexec {real:?} \"$@\"\n"))?;
-    fs::set_permissions(&new, fs::Permissions::from_mode(0o755))?;
+    script_at(&new, &format!("# release {number}\nexec {:?} \"$@\"", real(env)?))?;
     fs::rename(&new, &path)?;
-    Ok(settings.path("vmm", key, path))
+    Ok(settings.path("vmm", vmm_key(env), path))
 }
 
 impl Faulty<'_> {
     /// Settings with it as the VMM; its name has to be its own.
     pub fn set(&self, settings: Settings, env: &Env, name: &str) -> Result<Settings> {
-        let (key, real) = real(env)?;
+        let key = vmm_key(env);
         let path = env.dir.join(name);
         let Self { at, text, unless, only, hangs } = self;
         // Its own to each case, as no two hosts have the same VMM: what is found out of one is remembered.
         let how = json!({
-            "case": path, "vmm": key, "real": real, "at": at, "text": text, "unless": unless, "while": only,
+            "case": path, "vmm": key, "real": real(env)?, "at": at, "text": text, "unless": unless, "while": only,
             "hangs_while": hangs,
         });
         fs::write(&path, PROGRAM.replace("@HOW@", &how.to_string()))?;

@@ -194,7 +194,7 @@ fn built_beside(env: &Env) -> Result<()> {
     for names in [["cpu.max", "cpu.cfs_quota_us"], ["memory.max", "memory.limit_in_bytes"]] {
         let bounds = env.daemon.bounds_of_builders(names);
         let bound =
-            |text: &String| text.split_whitespace().next()?.parse::<u64>().ok().filter(|bytes| *bytes < 4 << 30);
+            |text: &String| text.split_whitespace().next()?.parse::<u64>().ok().filter(|value| *value < 4 << 30);
         ensure!(bounds.len() == 1 && bounds.iter().all(|text| bound(text).is_some()), "{names:?}: {bounds:?}");
     }
     let net = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/net"));

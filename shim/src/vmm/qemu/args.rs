@@ -53,11 +53,11 @@ fn cpu(arch: Arch, accelerator: Accelerator, rung: Rung, pmu_known: bool) -> Str
 }
 
 /// What is to be known of the host.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Host {
     /// Whether KVM has performance counters.
     pub pmu_known: bool,
-    /// What its `/proc/cpuinfo` says.
+    /// What its `/proc/cpuinfo` says, for a guest that is emulated.
     pub cpuinfo: String,
 }
 

@@ -82,8 +82,11 @@ impl Qemu {
         let (control, control_fd) = socket_pair("QMP")?;
         let control = UnixStream::from_std(control).map_err(|source| BootError::Socket { what: "QMP", source })?;
         let fds = Fds { agent: child::fd_number(&agent_fd), qmp: child::fd_number(&control_fd) };
-        let host =
-            Host { pmu_known: spec.rung != Rung::Standard && kvm::has_pmu(), cpuinfo: cpuinfo().unwrap_or_default() };
+        let cpuinfo = match self.accelerator {
+            Accelerator::Tcg => cpuinfo().unwrap_or_default(),
+            Accelerator::Kvm => String::new(),
+        };
+        let host = Host { pmu_known: spec.rung != Rung::Standard && kvm::has_pmu(), cpuinfo };
         let launch = Launch {
             program: &self.program,
             args: args::args(spec, Arch::HOST, self.accelerator, &host, fds, from.is_some()),
