@@ -133,12 +133,18 @@ fn a_spoilt_one_is_told_and_can_only_be_removed() {
     fs::write(host.file(&bad, "machine"), vec![2; 100_000]).unwrap();
     let said = host.fails(&["verify", "--all"]);
     assert!(said.contains(bad.short()) && said.contains("machine has changed"), "{said}");
+    let output = host.chsnap(&["verify", good.short(), bad.short(), "--json"]);
+    assert_eq!(output.status.code(), Some(1));
+    let outcomes: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(outcomes[0], serde_json::json!({ "key": good }));
+    assert!(outcomes[1]["key"] == bad.as_str() && outcomes[1]["problem"].as_str().unwrap().contains("machine"));
     assert!(host.says(&["verify", good.short()]).contains("fits"));
     fs::write(host.file(&bad, "manifest.json"), "{").unwrap();
     assert!(host.says(&["ls"]).contains("manifest.json is none"));
     assert!(host.fails(&["inspect", bad.short()]).contains("manifest.json is none"));
     assert!(host.says(&["rm", bad.short()]).contains("removed"));
-    assert_eq!(host.json(&["ls"]).as_array().unwrap().len(), 1);
+    assert_eq!(host.json(&["rm", good.short()]), serde_json::json!([{ "key": good }]));
+    assert_eq!(host.json(&["ls"]), Value::Array(vec![]));
 }
 
 #[test]

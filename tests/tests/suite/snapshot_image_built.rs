@@ -5,6 +5,7 @@ use std::{fs, time::Duration};
 use anyhow::{Context, Result, ensure};
 use chsnap_tests::{Env, Run, Started, eventually, kill, patience};
 use nix::sys::signal::Signal;
+use serde_json::{Value, json};
 
 use crate::{
     events,
@@ -65,6 +66,8 @@ pub fn built_ahead(env: &Env) -> Result<()> {
     ensure!(missing.code != 0 && missing.stderr.contains("localhost/no/such:1"), "{}", missing.whole());
     let key = build(chsnap_tests::IMAGE, &[])?.text()?;
     ensure!(build(chsnap_tests::IMAGE, &[])?.text()? == format!("{key} was there already"));
+    let again: Value = serde_json::from_str(&build(chsnap_tests::IMAGE, &["--json"])?.text()?)?;
+    ensure!(again == json!({ "key": key, "new": false }), "{again}");
     ensure!(env.ctr().text(["container", "ls", "-q"])?.is_empty(), "a container is left");
     let pod = container(env, &settings).sh(script).annotation("io.chsnap.ready", "file:///ready").start()?;
     is(env, &pod, "image", "")?;
