@@ -35,6 +35,15 @@ async fn exit_codes_and_signals_are_reported() {
     assert_eq!(refusal(agent.signal("c", "", 9, false).await).0, Code::NOT_FOUND);
     agent.delete("c").await.unwrap();
     assert_eq!(refusal(agent.delete("c").await).0, Code::NOT_FOUND);
+    // Not the container's own process, which is its pid 1 and hears of no signal that it does not handle.
+    agent.run("c", &agent.shell("sleep 100")).await;
+    for (signal, status) in [(11, 139), (35, 163), (64, 192)] {
+        let exec = signal.to_string();
+        agent.exec("c", &exec, &agent.shell(&format!("kill -{signal} $$"))).await.unwrap();
+        agent.start_process("c", &exec).await.unwrap();
+        assert_eq!(agent.wait("c", &exec).await, status);
+    }
+    agent.delete("c").await.unwrap();
 }
 
 #[tokio::test]

@@ -6,14 +6,11 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use nix::{
-    errno::Errno,
-    sys::wait::{WaitPidFlag, WaitStatus, waitpid},
-};
+use nix::errno::Errno;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Process;
-use crate::sys::Child;
+use crate::sys::{self, Child};
 
 /// Knows which child is whose.
 #[derive(Debug, Default)]
@@ -58,17 +55,16 @@ impl Reaper {
     fn reap(&self) {
         loop {
             let mut children = self.children();
-            let (pid, status) = match waitpid(None, Some(WaitPidFlag::WNOHANG | WaitPidFlag::__WALL)) {
-                Ok(WaitStatus::Exited(pid, code)) => (pid, code as u32 & 0xff),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, 128 + signal as u32),
-                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return,
-                Ok(_) | Err(Errno::EINTR) => continue,
+            let (pid, status) = match sys::reap() {
+                Ok(Some(ended)) => ended,
+                Ok(None) => return,
+                Err(error) if error.raw_os_error() == Some(Errno::ECHILD as i32) => return,
                 Err(error) => {
                     eprintln!("chsnap-agent: cannot reap: {error}");
                     return;
                 }
             };
-            let process = children.remove(&pid.as_raw());
+            let process = children.remove(&pid);
             drop(children);
             if let Some(process) = process {
                 process.ended(status);

@@ -14,6 +14,6 @@ pub use clone::{Child, Namespaces, spawn};
 pub use op::{CapabilitySets, Op, Plan, Program};
 pub use steps::MOUNT_ATTRIBUTES;
 pub use wrap::{
-    Pidfd, add_entropy, bound_malloc, bytes_available, in_pid_namespace, init_pid_namespace, open_terminal, reseed,
-    set_window_size, terminal_peer, watch,
+    Pidfd, add_entropy, bound_malloc, bytes_available, in_pid_namespace, init_pid_namespace, open_terminal, reap,
+    reseed, set_window_size, terminal_peer, watch,
 };

@@ -73,6 +73,28 @@ impl Pidfd {
     }
 }
 
+/// Reaps a child that has ended, if one has: its number, and how it ended as a shell tells it. Not by nix, which knows no
+/// real-time signal and refuses to tell of a child that one of these killed, when it is reaped already.
+///
+/// # Errors
+/// ECHILD where there are no children.
+pub fn reap() -> io::Result<Option<(i32, u32)>> {
+    loop {
+        let mut status: c_int = 0;
+        // SAFETY: stores an int.
+        let pid = check(unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG | libc::__WALL) }.into())? as i32;
+        if pid == 0 {
+            return Ok(None);
+        }
+        if libc::WIFEXITED(status) {
+            return Ok(Some((pid, libc::WEXITSTATUS(status) as u32)));
+        }
+        if libc::WIFSIGNALED(status) {
+            return Ok(Some((pid, 128 + libc::WTERMSIG(status) as u32)));
+        }
+    }
+}
+
 /// The namespace in which this process's own children are numbered, to return to.
 ///
 /// # Errors
