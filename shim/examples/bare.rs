@@ -88,6 +88,7 @@ async fn run(began: Instant) -> Result<(), Box<dyn Error>> {
         let adoption = AdoptRequest { from, container_id, hostname: NAME.into(), ..Default::default() };
         agent.adopt(adoption, config.deadlines.hooks.duration()).await?;
     } else {
+        agent.set_clock().await?;
         agent.create_container(NAME, spec_json, Stdio::default()).await?;
     }
     agent.start(NAME, "").await?;

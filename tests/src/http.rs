@@ -10,6 +10,8 @@ use std::{
 
 use anyhow::{Context, Result};
 
+use crate::patience;
+
 /// A connection to an exposed port.
 pub trait Stream: Read + Write + Send {
     /// Ends the writing direction.
@@ -28,19 +30,21 @@ impl Stream for UnixStream {
     }
 }
 
-const LIMIT: Option<Duration> = Some(Duration::from_secs(20));
+fn limit() -> Option<Duration> {
+    Some(Duration::from_secs(20) * patience())
+}
 
 /// Connects to a UNIX socket.
 pub fn unix(path: &Path) -> Result<Box<dyn Stream>> {
     let stream = UnixStream::connect(path).with_context(|| path.display().to_string())?;
-    stream.set_read_timeout(LIMIT)?;
+    stream.set_read_timeout(limit())?;
     Ok(Box::new(stream))
 }
 
 /// Connects to a TCP address.
 pub fn tcp(address: SocketAddr) -> Result<Box<dyn Stream>> {
     let stream = TcpStream::connect(address).with_context(|| address.to_string())?;
-    stream.set_read_timeout(LIMIT)?;
+    stream.set_read_timeout(limit())?;
     Ok(Box::new(stream))
 }
 

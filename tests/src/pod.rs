@@ -153,6 +153,7 @@ impl<'a> Container<'a> {
         // From here on, there may be something to remove.
         let started = Started { env: self.env, id: self.id.clone(), log, removed: false };
         run.output()?.success()?;
+        ways::started(self.env, &self.id);
         Ok(started)
     }
 }

@@ -18,8 +18,10 @@ use anyhow::{Context, Result, bail};
 
 use crate::{Env, IMAGE, Run, containerd::locked, eventually, patience};
 
-/// Pods by their containerd, and how they have to be started: other cases may run at the same time on others.
-static EXPECTED: Mutex<BTreeMap<(PathBuf, String), &str>> = Mutex::new(BTreeMap::new());
+/// Pods by their containerd, how they have to be started, and whether they were: other cases may run at the same time on
+/// others.
+type Expected = BTreeMap<(PathBuf, String), (&'static str, bool)>;
+static EXPECTED: Mutex<Expected> = Mutex::new(BTreeMap::new());
 /// The only case whose ordinary pod has a terminal.
 const TERMINAL: &str = "terminal";
 const BUILD_LIMIT: Duration = Duration::from_secs(120);
@@ -97,7 +99,7 @@ impl Way {
 /// This pod has to be started so.
 pub(crate) fn expect(env: &Env, id: &str, way: &'static str) {
     let mut expected = locked(&EXPECTED);
-    expected.insert((env.daemon.root.clone(), id.to_owned()), way);
+    expected.insert((env.daemon.root.clone(), id.to_owned()), (way, false));
 }
 
 /// Flags and command of the launcher instead of these; none where the pod has to be started without it.
@@ -154,27 +156,42 @@ pub fn mark(env: &Env) -> usize {
     fs::read(env.daemon.log()).map_or(0, |log| log.len())
 }
 
+/// It has started.
+pub(crate) fn started(env: &Env, id: &str) {
+    if let Some((_, started)) = locked(&EXPECTED).get_mut(&(env.daemon.root.clone(), id.to_owned())) {
+        *started = true;
+    }
+}
+
 /// Compares how the pods were started since `mark` with how they had to be.
 pub fn check(env: &Env, mark: usize) -> Result<()> {
     let mut all = locked(&EXPECTED);
     let (ours, theirs) =
-        std::mem::take(&mut *all).into_iter().partition::<BTreeMap<_, _>, _>(|((root, _), _)| *root == env.daemon.root);
+        std::mem::take(&mut *all).into_iter().partition::<Expected, _>(|((root, _), _)| *root == env.daemon.root);
     *all = theirs;
     drop(all);
+    let is_of = |line: &str, id: &str| line.contains(&format!("VM of {id} started in "));
     let is_other = |line: &&str| {
-        let mut expected = ours.iter().map(|((_, id), way)| (id, way));
+        let mut expected = ours.iter().map(|((_, id), (way, _))| (id, way));
         expected.any(|(id, way)| {
-            line.contains(&format!("VM of {id} started in "))
+            is_of(line, id)
                 && !line.contains(&format!(", way {way} "))
                 && !(*way == "image" && line.contains(ONCE_MORE))
         })
     };
-    let mut others = Vec::new();
-    // What the shim says comes to containerd's log a little later.
-    eventually(Duration::from_millis(300), || {
+    let log = || {
         let log = fs::read(env.daemon.log()).unwrap_or_default();
-        let log = String::from_utf8_lossy(log.get(mark..).unwrap_or_default()).into_owned();
-        others = log.lines().filter(is_other).map(str::to_owned).collect();
+        String::from_utf8_lossy(log.get(mark..).unwrap_or_default()).into_owned()
+    };
+    // What the shim says comes to containerd's log a little later. A pod's further containers have no VM of their own.
+    let started: Vec<_> = ours.iter().filter(|(_, (_, started))| *started).map(|((_, id), _)| id).collect();
+    let told = || log().lines().any(|line| started.iter().any(|id| is_of(line, id))).then_some(());
+    if !started.is_empty() && eventually(Duration::from_secs(2), told).is_none() {
+        bail!("nothing is said of how {started:?} started");
+    }
+    let mut others = Vec::new();
+    eventually(Duration::from_millis(300), || {
+        others = log().lines().filter(is_other).map(str::to_owned).collect();
         (!others.is_empty()).then_some(())
     });
     if others.is_empty() {

@@ -32,8 +32,8 @@ pub enum AgentError {
         /// What ttrpc said.
         reason: String,
     },
-    /// The restored guest's clock may be wrong by more than it may.
-    #[error("the restored guest takes so long to be told the time that its clock may be {most_ms} ms late")]
+    /// The guest's clock may be wrong by more than it may.
+    #[error("the guest takes so long to be told the time that its clock may be {most_ms} ms late")]
     Clock {
         /// Not by more.
         most_ms: i64,

@@ -95,9 +95,29 @@ impl Agent {
         let Fresh { entropy, epoch } = fresh;
         let mut request = ResumeRequest { entropy, epoch, mount_share, ..Default::default() };
         // Last of all, since it is late from now on.
-        let mut asked = now_ns();
+        let asked = now_ns();
         request.wall_clock_ns = asked;
-        let mut guest = ask!(self, "Resume", resume(request)).await?.wall_clock_ns;
+        let guest = ask!(self, "Resume", resume(request)).await?.wall_clock_ns;
+        self.clock_is_right(asked, guest).await
+    }
+
+    /// Sets the guest's wall clock to the host's.
+    ///
+    /// # Errors
+    /// See [`AgentError`]; [`AgentError::Clock`] where it was set, perhaps late.
+    pub async fn set_clock(&self) -> Result<(), AgentError> {
+        let asked = now_ns();
+        let guest = self.ask_clock(asked).await?;
+        self.clock_is_right(asked, guest).await
+    }
+
+    async fn ask_clock(&self, wall_clock_ns: i64) -> Result<i64, AgentError> {
+        let request = SetClockRequest { wall_clock_ns, ..Default::default() };
+        Ok(ask!(self, "SetClock", set_clock(request)).await?.wall_clock_ns)
+    }
+
+    /// Sets it again until it is, having been asked to at `asked` and said `guest`.
+    async fn clock_is_right(&self, mut asked: i64, mut guest: i64) -> Result<(), AgentError> {
         let mut tries = 0..CLOCK_TRIES;
         loop {
             match (Clock::seen(asked, guest, now_ns()), tries.next()) {
@@ -106,12 +126,11 @@ impl Agent {
                 (Clock::Late(ns), None) => return Err(AgentError::Clock { most_ms: ns / 1_000_000 }),
                 (Clock::Wrong(ns), None) => {
                     let what = format!("a clock that is wrong by {} ms", ns / 1_000_000);
-                    return Err(AgentError::Nonsense { call: "Resume", what });
+                    return Err(AgentError::Nonsense { call: "SetClock", what });
                 }
             }
             asked = now_ns();
-            let request = SetClockRequest { wall_clock_ns: asked, ..Default::default() };
-            guest = ask!(self, "SetClock", set_clock(request)).await?.wall_clock_ns;
+            guest = self.ask_clock(asked).await?;
         }
     }
 
@@ -129,7 +148,6 @@ impl Agent {
             container_id: container.into(),
             spec_json,
             stdio: Some(stdio).into(),
-            wall_clock_ns: now_ns(),
             ..Default::default()
         };
         ask!(self, "CreateContainer", create_container(request)).await
@@ -166,14 +184,15 @@ impl Agent {
         self.longer_by(patience, "AwaitReady", ask_patiently!(self, "AwaitReady", await_ready(request))).await.map(drop)
     }
 
-    /// Has a container stand still, after its hooks.
+    /// Has a container stand still, after its hooks, and tells which files of its root it has open.
     ///
     /// # Errors
     /// See [`AgentError`].
-    pub async fn freeze(&self, container: &str, hooks: Duration) -> Result<(), AgentError> {
+    pub async fn freeze(&self, container: &str, hooks: Duration) -> Result<Vec<String>, AgentError> {
         let request =
             FreezeRequest { container_id: container.into(), hooks_ms: milliseconds(hooks), ..Default::default() };
-        self.longer_by(hooks, "Freeze", ask_patiently!(self, "Freeze", freeze(request))).await.map(drop)
+        let frozen = self.longer_by(hooks, "Freeze", ask_patiently!(self, "Freeze", freeze(request))).await?;
+        Ok(frozen.open)
     }
 
     async fn longer_by<T>(
