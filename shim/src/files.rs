@@ -9,6 +9,7 @@ use std::{
         unix::fs::{MetadataExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use nix::{
@@ -17,7 +18,6 @@ use nix::{
     unistd::{Whence, lseek},
 };
 use serde::{Deserialize, Serialize};
-use tempfile::NamedTempFile;
 
 /// What changes when a file is replaced or written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,10 +53,25 @@ impl From<&fs::Metadata> for Identity {
     }
 }
 
+/// What the names of files that are not yet in place begin with.
+pub(crate) const UNFINISHED: &str = ".tmp-";
+
+/// Removes a file that nobody has written to for so long.
+pub(crate) fn remove_if_old(path: &Path, age: Duration) -> io::Result<()> {
+    let removed = fs::symlink_metadata(path).and_then(|meta| {
+        let is_old = meta.modified()?.elapsed().is_ok_and(|since| since >= age);
+        if is_old && meta.is_file() { fs::remove_file(path) } else { Ok(()) }
+    });
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
 /// Puts a file with these contents, for its owner alone, in the place of what has that name. A reader sees the old one
 /// or the new one, on the disk too, and whoever is killed meanwhile leaves the old one.
 pub(crate) fn replace(path: &Path, contents: &[u8]) -> io::Result<()> {
-    let mut file = NamedTempFile::new_in(path.parent().unwrap_or(Path::new("/")))?;
+    let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(path.parent().unwrap_or(Path::new("/")))?;
     file.write_all(contents)?;
     file.as_file().sync_all()?;
     file.persist(path).map(drop).map_err(|error| error.error)

@@ -4,6 +4,7 @@ use std::{
     fs::{self, File},
     io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use nix::fcntl::FlockArg;
@@ -14,6 +15,8 @@ use super::{
 };
 use crate::{files, task::chain};
 
+/// A file that nobody has finished by then is of a process that was killed.
+const UNFINISHED_FOR: Duration = Duration::from_secs(600);
 /// Of one key, snapshots on their way out at once.
 const MOST: u32 = 16;
 
@@ -143,9 +146,13 @@ impl Store {
         for entry in fs::read_dir(&self.root).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             let (name, path) = (entry.file_name(), entry.path());
-            if [NEW, OLD].iter().any(|prefix| name.to_string_lossy().starts_with(prefix))
-                && let Err(source) = self.sweep_one(&path)
-            {
+            let name = name.to_string_lossy();
+            let swept = match () {
+                () if [NEW, OLD].iter().any(|prefix| name.starts_with(prefix)) => self.sweep_one(&path),
+                () if name.starts_with(files::UNFINISHED) => files::remove_if_old(&path, UNFINISHED_FOR),
+                () => Ok(()),
+            };
+            if let Err(source) = swept {
                 stayed.push(EvictError::Io { path, source });
             }
         }
