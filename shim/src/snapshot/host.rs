@@ -15,7 +15,7 @@ use crate::{
     config::{Config, Shape},
     program::{Scout, version_in},
     share::VirtiofsdProgram,
-    vmm::{Driver, Rung},
+    vmm::{Accelerator, Arch, Driver, Rung},
 };
 
 /// It cannot be told what a snapshot would have to match.
@@ -101,7 +101,7 @@ impl Machine<'_> {
         let version = version.map_err(|said| InputsError::Version { program: path.into(), said })?;
         let vmm =
             VmmBuild { kind: driver.kind(), accelerator: driver.accelerator(), version, program: digest(path, scout)? };
-        Ok(Footing { host_kernel: host_kernel()?, cpu: cpu()?, vmm, from: self.config.vmm.rung.here() })
+        Ok(Footing { host_kernel: host_kernel()?, cpu: cpu(vmm.accelerator)?, vmm, from: self.config.vmm.rung.here() })
     }
 }
 
@@ -114,10 +114,12 @@ fn host_kernel() -> Result<String, InputsError> {
     Ok(format!("{} {}", uname.release().to_string_lossy(), uname.version().to_string_lossy()))
 }
 
-fn cpu() -> Result<String, InputsError> {
+fn cpu(accelerator: Accelerator) -> Result<String, InputsError> {
     let path = Path::new("/proc/cpuinfo");
     let text = fs::read_to_string(path).map_err(|source| InputsError::File { path: path.into(), source })?;
-    Ok(cpu_in(&text))
+    // Whole MHz: at each of its boots, a host measures a few kHz more or less.
+    let clock = Arch::HOST.clock_khz(accelerator, &text).map(|khz| format!("; {} MHz", (khz + 500) / 1000));
+    Ok(cpu_in(&text) + &clock.unwrap_or_default())
 }
 
 /// Lines of `/proc/cpuinfo` that tell a model from another, on x86_64 and arm64. Not the microcode's revision, nor what
@@ -314,6 +316,6 @@ mod tests {
         let both = cpu_in(&format!("{}\n{}", arm("0xd05"), arm("0xd0b")));
         assert_eq!(both, cpu_in(&format!("{}\n{}", arm("0xd0b"), arm("0xd05"))));
         assert!(both.contains("0xd05") && both.contains("0xd0b"), "{both}");
-        assert!(!cpu().unwrap().is_empty());
+        assert!(!cpu(Accelerator::Tcg).unwrap().is_empty());
     }
 }

@@ -46,6 +46,12 @@ impl Arch {
     /// host that went wrong in 2 of 75 starts, by up to 24 times, and the guest's seconds were that much shorter. The host
     /// knows: its loops per jiffy, of which the BogoMIPS are made, count the same counter (two of them to a loop).
     pub fn clock_word(self, accelerator: Accelerator, cpuinfo: &str) -> Option<String> {
+        self.clock_khz(accelerator, cpuinfo).map(|khz| format!("tsc_early_khz={khz}"))
+    }
+
+    /// How fast the host's counter runs, where the guest counts with it and is told so. A guest that is restored goes on
+    /// counting at the speed that it was told when it booted.
+    pub fn clock_khz(self, accelerator: Accelerator, cpuinfo: &str) -> Option<u64> {
         if (self, accelerator) != (Self::X86_64, Accelerator::Tcg) {
             return None;
         }
@@ -53,7 +59,7 @@ impl Arch {
         let (whole, hundredths) = line.split_once(':')?.1.trim().split_once('.')?;
         let khz = whole.parse::<u64>().ok()? * 500 + hundredths.get(..2)?.parse::<u64>().ok()? * 5;
         // A host that does not calibrate by its counter has others.
-        (100_000..10_000_000).contains(&khz).then(|| format!("tsc_early_khz={khz}"))
+        (100_000..10_000_000).contains(&khz).then_some(khz)
     }
 }
 

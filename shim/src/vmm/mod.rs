@@ -27,6 +27,7 @@ mod survey;
 #[cfg(test)]
 mod testing;
 
+pub(crate) use arch::Arch;
 pub(crate) use cloud_hypervisor::{own_rungs, remove_leftovers};
 pub use error::{BootError, ChannelError, ControlError, SnapshotError};
 pub(crate) use memory::Memory;
