@@ -49,9 +49,22 @@ pub(super) fn check(spec: &Spec) -> Result<(), PlanError> {
     if find(LinuxNamespaceType::Pid).is_some_and(|n| n.path().is_some()) {
         return unsupported("another container's PID namespace".into(), "run without shareProcessNamespace");
     }
-    // Those of IPC, names and network are the sandbox's with CRI, and a pod has its own of each in the guest.
+    // Those of IPC, names and network are the sandbox's with CRI. The machine has one of IPC and one of network for all
+    // containers that are given one; names each of them has of its own.
     if find(LinuxNamespaceType::Mount).is_some_and(|n| n.path().is_some()) {
         return unsupported("another mount namespace".into(), "give the container one of its own, without a path");
+    }
+    for (there, what) in [
+        (linux.time_offsets().as_ref().is_some_and(|all| !all.is_empty()), "another clock (linux.timeOffsets)"),
+        (linux.memory_policy().is_some(), "a choice of the host's memory nodes (linux.memoryPolicy)"),
+        (
+            linux.net_devices().as_ref().is_some_and(|all| !all.is_empty()),
+            "the host's network devices (linux.netDevices)",
+        ),
+    ] {
+        if there {
+            return unsupported(what.into(), REMOVE);
+        }
     }
     if linux.intel_rdt().is_some() {
         return unsupported("Intel RDT (linux.intelRdt)".into(), "run without an RDT class");

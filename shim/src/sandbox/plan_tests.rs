@@ -98,13 +98,16 @@ fn a_long_id_becomes_a_name_that_a_kernel_takes() {
 #[test]
 fn what_cannot_be_given_is_named() {
     type Change = fn(&mut serde_json::Value);
-    let cases: [(Change, &str); 21] = [
+    let cases: [(Change, &str); 24] = [
         (|v| v["hooks"] = json!({"poststart": [{"path": "/bin/x"}]}), "OCI hooks"),
         (|v| v["linux"]["devices"] = json!([{"path": "/dev/kvm", "type": "c"}]), "/dev/kvm"),
         (|v| v["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "ipc"}]), "network namespace"),
         (|v| v["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"})), "user namespace"),
         (|v| v["linux"]["namespaces"][0]["path"] = json!("/proc/1/ns/pid"), "PID namespace"),
         (|v| v["linux"]["namespaces"][3]["path"] = json!("/proc/1/ns/mnt"), "another mount namespace"),
+        (|v| v["linux"]["timeOffsets"] = json!({"monotonic": {"secs": 1}}), "linux.timeOffsets"),
+        (|v| v["linux"]["memoryPolicy"] = json!({"mode": "MPOL_BIND", "nodes": "0"}), "linux.memoryPolicy"),
+        (|v| v["linux"]["netDevices"] = json!({"eth0": {"name": "eth1"}}), "linux.netDevices"),
         (|v| v["linux"]["intelRdt"] = json!({"closID": "gold"}), "linux.intelRdt"),
         (|v| v["linux"]["personality"] = json!({"domain": "LINUX32"}), "linux.personality"),
         (|v| v["process"]["scheduler"] = json!({"policy": "SCHED_FIFO", "priority": 1}), "process.scheduler"),

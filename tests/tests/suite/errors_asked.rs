@@ -90,6 +90,10 @@ pub fn intel_rdt(env: &Env) -> Result<String> {
     specified(env, |spec| spec["linux"]["intelRdt"] = json!({ "closID": "gold" }))
 }
 
+pub fn other_clock(env: &Env) -> Result<String> {
+    specified(env, |spec| spec["linux"]["timeOffsets"] = json!({ "monotonic": { "secs": 86400 } }))
+}
+
 pub fn personality(env: &Env) -> Result<String> {
     specified(env, |spec| spec["linux"]["personality"] = json!({ "domain": "LINUX32" }))
 }
