@@ -15,7 +15,6 @@ use super::{
     spec::Spec,
 };
 use crate::{
-    clock,
     process::{self, Birth, LaunchError, Launching, Pending, Process, StreamIds, Wanted},
     sys::Namespaces,
 };
@@ -51,19 +50,10 @@ impl Containers {
     ///
     /// # Errors
     /// For what cannot be done, by name. Nothing is left of it then.
-    pub async fn create(
-        &self,
-        id: &str,
-        spec: &[u8],
-        wanted: Wanted,
-        wall_clock_ns: i64,
-    ) -> Result<StreamIds, ContainerError> {
+    pub async fn create(&self, id: &str, spec: &[u8], wanted: Wanted) -> Result<StreamIds, ContainerError> {
         check_id(id)?;
         let _claim = Claim::new(self, id)?;
         let spec: Spec = serde_json::from_slice(spec).map_err(PlanError::Json)?;
-        if wall_clock_ns != 0 {
-            clock::set_wall_ns(wall_clock_ns).map_err(ContainerError::Clock)?;
-        }
         let cgroup = Arc::new(Cgroup::create(&self.cgroup_root, id, &spec.linux.resources)?);
         let init = Arc::new(Process::new(cgroup.clone()));
         match self.launch_init(&spec, wanted, &cgroup, &init).await {
@@ -112,7 +102,9 @@ impl Containers {
         };
         let (parked, start): (OwnedFd, OwnedFd) = pipe2(OFlag::O_CLOEXEC).map_err(|e| LaunchError::Watch(e.into()))?;
         let plan = plan::init(spec, &setting, parked.as_fd())?;
-        let birth = Birth { namespaces: Namespaces::New, cgroup: cgroup.as_fd(), beside: None };
+        // One that is given is the pod's, which in here is the machine's own.
+        let shares_ipc = spec.linux.namespaces.iter().any(|one| one.kind == "ipc" && !one.path.is_empty());
+        let birth = Birth { namespaces: Namespaces::New { ipc: !shares_ipc }, cgroup: cgroup.as_fd(), beside: None };
         let launching = Launching::spawn(&plan, birth, Some(start), init, &self.reaper)?;
         // The child alone holds its ends from here on.
         drop((ends, parked));

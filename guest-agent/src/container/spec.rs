@@ -128,6 +128,8 @@ pub struct Linux {
 pub struct Namespace {
     #[serde(rename = "type")]
     pub kind: String,
+    #[serde(default, deserialize_with = "or_default")]
+    pub path: String,
 }
 
 #[derive(Debug, Deserialize)]

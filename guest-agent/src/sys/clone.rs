@@ -27,8 +27,11 @@ pub struct Child {
 pub enum Namespaces {
     /// The parent's.
     Same,
-    /// A container's own: PID, mount, UTS, IPC.
-    New,
+    /// A container's own: PID, mount, UTS, and IPC where it does not share that with the pod.
+    New {
+        /// Whether it has one of its own.
+        ipc: bool,
+    },
 }
 
 // libc has it in a type it does not fit.
@@ -51,7 +54,10 @@ pub fn spawn(plan: &Plan, namespaces: Namespaces, cgroup: BorrowedFd<'_>, report
     let mut pidfd: RawFd = -1;
     let flags = match namespaces {
         Namespaces::Same => 0,
-        Namespaces::New => libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC,
+        Namespaces::New { ipc } => {
+            let own = libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWUTS;
+            if ipc { own | libc::CLONE_NEWIPC } else { own }
+        }
     };
     // SAFETY: all fields are numbers, for which zero is "not used".
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };

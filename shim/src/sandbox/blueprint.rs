@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use chsnap_protocol::agent::Stdio;
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -125,7 +125,9 @@ impl Blueprint {
             linux.set_resources(None);
             // Which of them there are matters, whose they are does not.
             for namespace in linux.namespaces_mut().iter_mut().flatten() {
-                namespace.set_path(None);
+                // But for that of IPC: one of a pod is the machine's, one of the container's own is another.
+                let pods = namespace.typ() == LinuxNamespaceType::Ipc && namespace.path().is_some();
+                namespace.set_path(pods.then(|| "pod".into()));
             }
         }
         Self { spec, ready: ready.clone(), streams: Streams::from(stdio), own_env }
@@ -218,13 +220,20 @@ mod tests {
         }));
         assert_eq!(one, other);
         type Change = fn(&mut serde_json::Value);
-        let changes: [Change; 6] = [
+        let changes: [Change; 13] = [
             |v| v["process"]["env"][6] = json!("APP_PORT=81"),
             |v| v["process"]["args"] = json!(["/bin/app", "-v"]),
             |v| v["process"]["user"]["additionalGids"] = json!([4]),
             |v| v["root"]["readonly"] = json!(true),
             |v| v["mounts"][0]["options"] = json!(["nosuid"]),
             |v| v["process"]["noNewPrivileges"] = json!(true),
+            |v| v["process"]["cwd"] = json!("/srv"),
+            |v| v["process"]["user"]["uid"] = json!(7),
+            |v| v["process"]["capabilities"]["bounding"] = json!(["CAP_CHOWN"]),
+            |v| v["process"]["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 64, "hard": 64}]),
+            |v| v["linux"]["sysctl"] = json!({"net.ipv4.ip_forward": "1"}),
+            |v| v["linux"]["maskedPaths"] = json!(["/proc/keys"]),
+            |v| v["linux"]["namespaces"][2]["path"] = json!("/proc/1/ns/ipc"),
         ];
         for change in changes {
             assert_ne!(process(&plan(change)), one);

@@ -37,14 +37,22 @@ fn beside<'a>(env: &'a Env, first: &Started<'_>) -> Container<'a> {
 fn two_containers(env: &Env) -> Result<()> {
     let first = env.container();
     let id = first.id.clone();
-    let first = first.annotation("io.kubernetes.cri.sandbox-id", &id).sh("echo up; sleep 1000").start()?;
+    // As CRI has it: both are given the namespace of the pod's sandbox.
+    let ipc = ["--with-ns", "ipc:/proc/1/ns/ipc"];
+    let first = first.annotation("io.kubernetes.cri.sandbox-id", &id).flags(ipc).sh("echo up; sleep 1000").start()?;
     first.wait_log("up")?;
     let volume = env.dir.join("volume");
     fs::create_dir(&volume)?;
     fs::write(volume.join("word"), "secret\n")?;
     let mount = format!("type=bind,src={},dst=/mnt/volume,options=rbind:ro", volume.display());
-    let second = beside(env, &first).flags(["--read-only", "--mount", &mount]).sh("echo up; sleep 1000").start()?;
+    let second = beside(env, &first).flags(ipc).flags(["--read-only", "--mount", &mount]);
+    let second = second.sh("echo up; sleep 1000").start()?;
     second.wait_log("up")?;
+    let namespace = |one: &Started<'_>| one.sh("readlink /proc/self/ns/ipc");
+    ensure!(namespace(&first)? == namespace(&second)?, "they cannot have shared memory (shmget(2)) with each other");
+    let alone = beside(env, &first).sh("sleep 1000").start()?;
+    ensure!(namespace(&first)? != namespace(&alone)?, "it has none of its own though it was given none");
+    alone.remove()?;
     ensure!(env.processes(env.vmm_name()).len() == 1, "{:?}", env.processes(env.vmm_name()));
     ensure!(second.sh("cat /mnt/volume/word")? == "secret");
     // Volumes change while a pod runs: names are believed for a second.
