@@ -7,12 +7,16 @@ use std::{
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::Stdio,
+    time::Duration,
 };
 
 use seccompiler::BpfProgram;
 use tokio::process::Command;
 
 use crate::sys;
+
+/// How long the end of one that was killed is waited for: the kernel may not let go of it (a device that does not answer).
+pub const KILLED: Duration = Duration::from_secs(10);
 
 /// A command that starts `program` in `cgroups` (directories: one on v2, one per controller on v1), with `keep`
 /// open under the numbers that [`fd_number`] tells. stdin is null, stdout and stderr are pipes, and dropping the

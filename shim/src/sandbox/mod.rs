@@ -301,10 +301,7 @@ impl Sandbox {
             })
             .await;
         }
-        // A process that the kernel does not let go of is no reason to keep everything else.
-        if timeout(GRACE.max(self.stop_deadline), self.vm.kill()).await.is_err() {
-            log::error!("the VMM (process {}) does not end although it was killed", self.vm.pid());
-        }
+        self.vm.kill().await;
         self.guard.abort();
         *self.share.lock().await = None;
         self.cgroup.lock().await.remove();

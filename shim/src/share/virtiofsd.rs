@@ -215,7 +215,9 @@ impl Virtiofsd {
 
     /// Ends it and waits.
     pub async fn kill(&mut self) {
-        let _ = self.child.kill().await;
+        if timeout(child::KILLED, self.child.kill()).await.is_err() {
+            log::error!("virtiofsd (process {:?}) does not end although it was killed", self.child.id());
+        }
         let _ = std::fs::remove_file(&self.socket);
     }
 }

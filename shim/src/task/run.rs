@@ -122,7 +122,13 @@ impl Service {
         let created = sandbox.agent().create_exec(&request.id, &request.exec_id, json, paths.wanted()).await;
         let streams = match created {
             Ok(streams) => streams,
-            Err(e) => return Err(explain(&sandbox, e).await),
+            Err(e) => {
+                if e.is_unknown() && sandbox.gone().borrow().is_none() {
+                    // The agent reads this after what it has not answered, be it after our patience.
+                    forget(&sandbox, &request.id, &request.exec_id).await;
+                }
+                return Err(explain(&sandbox, e).await);
+            }
         };
         let process = Arc::new(Process::new(&request.id, &request.exec_id, paths, streams, local, 0));
         self.watch_created(&process, &sandbox);

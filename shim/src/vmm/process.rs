@@ -136,7 +136,10 @@ impl Process {
     /// Kills, and waits for the end.
     pub async fn kill(&self) {
         self.leash.pull();
-        self.ended().await;
+        // One that the kernel does not let go of is no reason to keep everything else.
+        if timeout(child::KILLED, self.ended()).await.is_err() {
+            log::error!("the VMM (process {}) does not end although it was killed", self.pid());
+        }
     }
 
     /// Why a VMM that was told to start a guest did not. Nothing of it is left after. What it said itself before it
