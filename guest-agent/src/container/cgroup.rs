@@ -18,7 +18,7 @@ use super::{
     spec::Resources,
     stats::field,
 };
-use crate::error::Coded;
+use crate::error::{Coded, code_of};
 
 /// Below the root of the hierarchy; holds one directory a container.
 const PARENT: &str = "chsnap";
@@ -56,7 +56,8 @@ pub enum CgroupError {
 impl Coded for CgroupError {
     fn code(&self) -> Code {
         match self {
-            Self::Limit { .. } | Self::BadName(_) => Code::INVALID_ARGUMENT,
+            Self::Limit { source, .. } => code_of(source),
+            Self::BadName(_) => Code::INVALID_ARGUMENT,
             Self::Alive(_) | Self::Restless(_) => Code::DEADLINE_EXCEEDED,
             Self::Make(..) | Self::Read(..) | Self::Remove(..) => Code::INTERNAL,
         }

@@ -13,7 +13,7 @@ use super::{
     spec::{Linux, Mount, Process, Rlimit, Spec},
 };
 use crate::{
-    error::Coded,
+    error::{Coded, code_of},
     sys::{Op, Pidfd, Plan, Program},
 };
 
@@ -57,7 +57,7 @@ impl Coded for PlanError {
     fn code(&self) -> Code {
         match self {
             Self::OwnMounts(_) => Code::INTERNAL,
-            Self::BindSource { .. } => Code::NOT_FOUND,
+            Self::BindSource { source, .. } => code_of(source),
             Self::MountType { .. } | Self::Device(_) | Self::Namespace(_) => Code::UNIMPLEMENTED,
             _ => Code::INVALID_ARGUMENT,
         }
