@@ -77,6 +77,6 @@ done </etc/modules.load
 try loopback ip link set lo up
 [ "$share" = later ] || try share mount -t virtiofs -o nodev,relatime chsnap /run/chsnap/share
 
-# shellcheck disable=SC2093 # the next line is for when exec itself fails
+# A shell whose exec fails ends, and with it the guest, without a word of the cause.
+[ -x /sbin/chsnap-agent ] || fatal agent "there is no program /sbin/chsnap-agent"
 exec /sbin/chsnap-agent
-fatal agent "cannot execute /sbin/chsnap-agent"

@@ -303,9 +303,12 @@ def main():
     pathlib.Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
     show(result)
     print()
+    failures = []
     for text, reached in ratios(result):
         print(f"  {text}{'' if reached else ': MISSED'}")
-    for text in (failures := list(missed(result))):
+        failures += [] if reached else [f"missed: {text}"]
+    failures += missed(result)
+    for text in failures:
         print(f"chsnap: error: {text}", file=sys.stderr)
     sys.exit(1 if failures else 0)
 

@@ -24,10 +24,10 @@ case $ARCH in
 esac
 mkdir -p "$OUT"
 
-# The modules a guest can need, and what for: virtio device 1 is a network card, 4 a source of entropy, 19 a vsock. A machine with a
+# The modules a guest can need, and what for: virtio device 4 is a source of entropy, 19 a vsock. A machine with a
 # device that no driver has set up cannot be restored by Cloud Hypervisor 53 on arm64: it looks for the queues at address 0,
 # where there is no memory.
-MODULES=(virtio_net:d00000001 virtio_rng:d00000004 vmw_vsock_virtio_transport:d00000013 overlay)
+MODULES=(virtio_rng:d00000004 vmw_vsock_virtio_transport:d00000013)
 
 # The versioned package that the suite's cloud kernel stands for.
 kernel_package() {
