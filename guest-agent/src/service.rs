@@ -17,10 +17,10 @@ use chsnap_protocol::{
     PROTOCOL_VERSION, SHARE_MOUNT,
     agent::{
         AdoptRequest, AwaitReadyRequest, ConnectPortRequest, ContainerRef, CreateContainerRequest, CreateExecRequest,
-        CreateProcessResponse, Empty, FreezeRequest, InfoRequest, InfoResponse, ListPidsResponse, ProcessRef,
-        ReadStreamRequest, ReadStreamResponse, ResizeTerminalRequest, ResumeRequest, ResumeResponse, SetClockRequest,
-        SignalProcessRequest, StartProcessResponse, StatsResponse, StreamRef, WaitOomRequest, WaitOomResponse,
-        WaitProcessResponse, WriteStreamRequest,
+        CreateProcessResponse, Empty, FreezeRequest, FreezeResponse, InfoRequest, InfoResponse, ListPidsResponse,
+        ProcessRef, ReadStreamRequest, ReadStreamResponse, ResizeTerminalRequest, ResumeRequest, ResumeResponse,
+        SetClockRequest, SignalProcessRequest, StartProcessResponse, StatsResponse, StreamRef, WaitOomRequest,
+        WaitOomResponse, WaitProcessResponse, WriteStreamRequest,
     },
     agent_ttrpc::Agent,
 };
@@ -113,11 +113,9 @@ impl Agent for Service {
     ) -> Answer<CreateProcessResponse> {
         let containers = self.containers.clone();
         let wanted = Wanted::from(request.stdio.get_or_default());
-        whole(async move {
-            containers.create(&request.container_id, &request.spec_json, wanted, request.wall_clock_ns).await
-        })
-        .await
-        .map(created)
+        whole(async move { containers.create(&request.container_id, &request.spec_json, wanted).await })
+            .await
+            .map(created)
     }
 
     async fn delete_container(&self, _: &TtrpcContext, request: ContainerRef) -> Answer<Empty> {
@@ -216,10 +214,11 @@ impl Agent for Service {
         Ok(Empty::new())
     }
 
-    async fn freeze(&self, _: &TtrpcContext, request: FreezeRequest) -> Answer<Empty> {
+    async fn freeze(&self, _: &TtrpcContext, request: FreezeRequest) -> Answer<FreezeResponse> {
         let (freezer, containers) = (self.freezer.clone(), self.containers.clone());
-        whole(async move { freezer.freeze(&containers, &request).await }).await?;
-        Ok(Empty::new())
+        let open = whole(async move { freezer.freeze(&containers, &request).await }).await?;
+        let open = open.iter().map(|path| path.to_string_lossy().into_owned()).collect();
+        Ok(FreezeResponse { open, ..Default::default() })
     }
 
     async fn adopt(&self, _: &TtrpcContext, request: AdoptRequest) -> Answer<CreateProcessResponse> {

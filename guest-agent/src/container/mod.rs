@@ -52,8 +52,6 @@ pub enum ContainerError {
     Exists(String),
     #[error("container {0:?} does not run")]
     NotRunning(String),
-    #[error("cannot set the clock")]
-    Clock(#[source] io::Error),
     #[error("cannot open a terminal in the container (is a devpts mounted at /dev/pts?)")]
     Terminal(#[source] io::Error),
     #[error(transparent)]
@@ -75,7 +73,7 @@ impl Coded for ContainerError {
             Self::NotFound(_) | Self::NoProcess { .. } => Code::NOT_FOUND,
             Self::Exists(_) => Code::ALREADY_EXISTS,
             Self::NotRunning(_) => Code::FAILED_PRECONDITION,
-            Self::Clock(_) | Self::Terminal(_) => Code::INTERNAL,
+            Self::Terminal(_) => Code::INTERNAL,
             Self::Plan(e) => e.code(),
             Self::Cgroup(e) => e.code(),
             Self::Launch(e) => e.code(),

@@ -4,11 +4,11 @@
 //! `ready` waits for the sign, `hooks` asks processes to prepare and to recover; how a container is stopped and renamed
 //! is the `container` room's.
 
+mod held;
 mod hooks;
 #[cfg(test)]
 mod python_tests;
 mod ready;
-mod removed;
 
 use std::{
     collections::BTreeMap,
@@ -31,10 +31,10 @@ use crate::{
     error::Coded,
     process::StreamIds,
 };
+pub use held::Removed;
 pub use hooks::HookError;
 use hooks::{Event, Hooks};
 use ready::{Notify, Sign};
-pub use removed::Removed;
 
 /// What processes in Python import, by themselves and at their start.
 const PYTHON_FILES: [(&str, &str); 2] = [
@@ -139,17 +139,19 @@ impl Freezer {
         }
     }
 
-    /// Makes the guest fit to be saved.
+    /// Makes the guest fit to be saved, and tells which files of the share are open in it.
     ///
     /// # Errors
     /// If a hook fails, or something does not stop.
-    pub async fn freeze(&self, containers: &Containers, request: &FreezeRequest) -> Result<(), FreezeError> {
+    pub async fn freeze(&self, containers: &Containers, request: &FreezeRequest) -> Result<Vec<PathBuf>, FreezeError> {
         self.hooks.run(&Event::BeforeSnapshot, Duration::from_millis(request.hooks_ms.into())).await?;
         containers.freeze(&request.container_id).await?;
-        if let Some(removed) = removed::any().filter(|_| self.in_vm) {
-            return Err(FreezeError::Removed(removed));
+        if !self.in_vm {
+            return Ok(Vec::new());
         }
-        self.let_go()
+        let open = held::open().map_err(FreezeError::Removed)?;
+        let_go()?;
+        Ok(open)
     }
 
     /// Makes what was frozen a container of this machine.
@@ -187,15 +189,12 @@ impl Freezer {
         }
         Ok(streams)
     }
+}
 
-    /// Files may be others at the same places when the machine is restored.
-    fn let_go(&self) -> Result<(), FreezeError> {
-        if !self.in_vm {
-            return Ok(());
-        }
-        sync();
-        fs::write(DROP_CACHES.0, DROP_CACHES.1).map_err(FreezeError::Caches)
-    }
+/// Files may be others at the same places when the machine is restored.
+fn let_go() -> Result<(), FreezeError> {
+    sync();
+    fs::write(DROP_CACHES.0, DROP_CACHES.1).map_err(FreezeError::Caches)
 }
 
 fn write_python(dir: &Path) -> io::Result<()> {

@@ -99,6 +99,21 @@ pub enum StartError {
     /// What is restored is still what it was restored from.
     #[error("the restored guest cannot be made one of its own")]
     Resume(#[source] AgentError),
+    /// What the process holds is not known.
+    #[error("cannot read what the saved process has open in {path:?}")]
+    Held {
+        /// The snapshot.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// What the process holds may be another file here.
+    #[error("the saved process has {path:?} open, and this container has files of its own there")]
+    Covered {
+        /// By its path in the container.
+        path: PathBuf,
+    },
     /// A restored process is still its template's.
     #[error("the restored container cannot be made this pod's")]
     Adopt(#[source] AgentError),

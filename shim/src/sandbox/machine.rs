@@ -15,10 +15,11 @@ use tokio::{
 
 use super::StartError;
 use crate::{
-    agent::{Agent, Fresh},
+    agent::{Agent, AgentError, Fresh},
     config::{Config, Deadline, Deadlines, Shape},
     share::{Ended, Virtiofsd},
     snapshot::Kind,
+    task::chain,
     vmm::{Driver, Rung, Vm, VmExit, VmSpec},
 };
 
@@ -117,17 +118,25 @@ pub(crate) async fn meet_agent(
     let met = async {
         let channel = vm.channel().await?;
         let (agent, info) = Agent::open(channel, agent_call).await?;
-        if let Origin::Snapshot(kind, _) = origin {
-            let fresh = Fresh::new().map_err(StartError::Fresh)?;
-            // An image's process has the share mounted.
-            agent.resume(fresh, kind == Kind::Base).await.map_err(StartError::Resume)?;
+        match origin {
+            Origin::Snapshot(kind, _) => {
+                let fresh = Fresh::new().map_err(StartError::Fresh)?;
+                // An image's process has the share mounted.
+                agent.resume(fresh, kind == Kind::Base).await.map_err(StartError::Resume)?;
+            }
+            // The clock that it booted with is good to a second. There is nothing else to start, so a late one is told alone.
+            Origin::Boot => match agent.set_clock().await {
+                Err(late @ AgentError::Clock { .. }) => log::warn!("after a boot: {}", chain(&late)),
+                set => set?,
+            },
         }
         Ok((agent, info))
     };
     let in_time = async {
         timeout_at(patience.until.into(), met).await.unwrap_or_else(|_| {
             let (seconds, key) = (patience.whole.as_secs_f32(), patience.key);
-            Err(StartError::NoAgent { seconds, key, console: vm.console() })
+            let console = last_words(&vm.console()).unwrap_or_default();
+            Err(StartError::NoAgent { seconds, key, console })
         })
     };
     while_alive(vm, virtiofsd, in_time).await

@@ -234,6 +234,12 @@ impl Plan {
 }
 
 impl Division {
+    /// Where in the container something of the host's is bound, whoever does that.
+    pub fn bound(&self) -> impl Iterator<Item = &Path> {
+        let by_guest = self.for_guest.iter().filter(|m| m.typ().as_deref() == Some("bind")).map(Mount::destination);
+        self.binds.iter().map(|bind| &bind.destination).chain(by_guest).map(PathBuf::as_path)
+    }
+
     /// The binds that the guest has to make, as JSON.
     ///
     /// # Errors

@@ -22,6 +22,7 @@ use crate::{
     agent::{Agent, AgentError},
     program::{Freshness, Scout},
     share::{self, RootMount, Share, Virtiofsd, VirtiofsdProgram},
+    snapshot::{Held, Kind},
     state::Way,
     task::chain,
     vmm::{self, Vm, VmSpec},
@@ -135,7 +136,10 @@ impl Stage<'_> {
         phases: &mut Phases,
     ) -> Result<(Box<dyn Vm>, Virtiofsd, Met), StartError> {
         let (spec_json, division) = add_root(share, FIRST_HOME, rootfs, self.first)?;
-        let served = self.serve(candidate, share, &Root { spec_json, division }, phases).await;
+        let served = match covered(candidate, &division) {
+            Ok(()) => self.serve(candidate, share, &Root { spec_json, division }, phases).await,
+            Err(error) => Err(error),
+        };
         if served.is_err() {
             share.remove_container(FIRST_HOME);
         }
@@ -232,6 +236,17 @@ impl Stage<'_> {
             ..Default::default()
         };
         agent.adopt(adoption, config.deadlines.hooks.duration()).await.map_err(StartError::Adopt)
+    }
+}
+
+/// Refuses to restore a process that has a file open at whose place this container has another.
+fn covered(candidate: &Candidate, division: &Division) -> Result<(), StartError> {
+    let Candidate::Restore(Kind::Image, restore) = candidate else { return Ok(()) };
+    let dir = restore.snapshot.dir();
+    let held = Held::read(dir).map_err(|source| StartError::Held { path: dir.into(), source })?;
+    match held.at(division.bound()) {
+        Some(path) => Err(StartError::Covered { path: path.into() }),
+        None => Ok(()),
     }
 }
 

@@ -2,11 +2,12 @@
 //!
 //! `key` says what has to match for a snapshot to be used, `manifest` what one consists of, `store` keeps them and
 //! `evict` lets go of them. `host` is what a host puts into a key, and `ladder` remembers on which rung snapshots work
-//! there, `layers` which image a pod's directories are. Nothing here knows how a machine is saved: that is the `vmm` room's, and `template` has it done.
+//! there, `layers` which image a pod's directories are, `held` what a saved process has open. Nothing here knows how a machine is saved: that is the `vmm` room's, and `template` has it done.
 
 mod digest;
 mod error;
 mod evict;
+mod held;
 mod host;
 mod key;
 mod ladder;
@@ -25,6 +26,7 @@ pub(crate) use tree::take_stock as stock_of;
 pub(crate) use digest::{of_bytes as digest_of_bytes, of_file as digest_of};
 pub use error::{BuildError, EvictError, FindError, ListError, OpenError};
 pub use evict::{Evicted, Pruned};
+pub use held::Held;
 pub use host::{InputsError, Machine};
 pub use key::{Inputs, Key, Kind, Process, VmmBuild};
 pub use ladder::{Failure, Footing, Ladder, Outcome};

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     agent::Agent,
-    config::{Config, VmmConfig},
+    config::{CacheMode, Config, VmmConfig},
     program::{Freshness, Scout},
     sandbox::{
         StartError, guest_files,
@@ -227,7 +227,9 @@ impl Workshop<'_> {
     pub async fn start(&self, driver: &dyn Driver, spec: &VmSpec, origin: Origin<'_>) -> Result<Running, StartError> {
         let Config { share, deadlines, .. } = &self.order.config;
         let dir = self.ground.share().map_or(self.ground.dir(), Share::dir);
-        let mut virtiofsd = Virtiofsd::spawn(&self.virtiofsd, share.cache, dir, &spec.share_socket, &spec.cgroups)?;
+        // Names in use outlive this guest, whatever pods are to believe.
+        let cache = if share.cache == CacheMode::Always { CacheMode::Revalidate } else { share.cache };
+        let mut virtiofsd = Virtiofsd::spawn(&self.virtiofsd, cache, dir, &spec.share_socket, &spec.cgroups)?;
         let vm = match machine::start(driver, spec, origin, &mut virtiofsd).await {
             Ok(vm) => vm,
             Err(error) => {

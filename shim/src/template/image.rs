@@ -29,7 +29,7 @@ use crate::{
         machine::{self, Origin},
     },
     share::{Overlay, RootMount, Share},
-    snapshot::{BuildError, Inputs, Kind, Ladder, Layers, ROOT, Refusal, nameless},
+    snapshot::{BuildError, Held, Inputs, Kind, Ladder, Layers, ROOT, Refusal, nameless},
     task::chain,
     vmm::{self, Driver, Rung, SnapshotError, VmSpec},
 };
@@ -93,6 +93,12 @@ pub enum ProcessError {
     /// A hook failed, or it does not stand still.
     #[error("the image's process cannot be stopped to be saved")]
     Freeze(#[source] AgentError),
+    /// More than a process may.
+    #[error("the image's process has {files} files open, by the guest's account: too many")]
+    Open {
+        /// How many.
+        files: usize,
+    },
     /// The VMM.
     #[error("the template cannot be saved")]
     Save(#[source] SnapshotError),
@@ -321,7 +327,9 @@ impl Workshop<'_> {
         let agent = running.agent();
         let not_ready = |source| ProcessError::NotReady { ready: ready.to_string(), source };
         agent.await_ready(TEMPLATE, ready, deadlines.ready.duration()).await.map_err(not_ready)?;
-        agent.freeze(TEMPLATE, deadlines.hooks.duration()).await.map_err(ProcessError::Freeze)?;
+        let open = agent.freeze(TEMPLATE, deadlines.hooks.duration()).await.map_err(ProcessError::Freeze)?;
+        let held = Held::told(open).map_err(|files| ProcessError::Open { files })?;
+        held.write(into).map_err(|source| ProcessError::Scratch { path: into.into(), source })?;
         tell(&format!("{rung}: saving it"));
         running.vm().snapshot(into).await.map_err(ProcessError::Save)
     }

@@ -137,6 +137,30 @@ pub fn builder_killed(env: &Env) -> Result<()> {
     third.remove()
 }
 
+/// What a process has open it would have at the same place after a restore, where a pod may have a file of its own.
+pub fn held_open(env: &Env) -> Result<()> {
+    const HOLDS: &str = "import mmap, time
+with open('/etc/hosts') as file:
+    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+open('/ready', 'w').close()
+time.sleep(1000)";
+    let settings = imaged(env);
+    let hosts = env.dir.join("hosts");
+    fs::write(&hosts, "127.0.0.1 of-the-pod\n")?;
+    let mount = format!("type=bind,src={},dst=/etc/hosts,options=rbind:ro", hosts.display());
+    let make = || container(env, &settings).python(HOLDS).annotation("io.chsnap.ready", "file:///ready");
+    let first = make().start()?;
+    finished(env)?;
+    first.remove()?;
+    let own = make().flags(["--mount", &mount]).start()?;
+    is(env, &own, "base", "the saved process has \"/etc/hosts\" open, and this container has files of its own there")?;
+    ensure!(own.sh("cat /etc/hosts")? == "127.0.0.1 of-the-pod");
+    own.remove()?;
+    let same = make().start()?;
+    is(env, &same, "image", "")?;
+    same.remove()
+}
+
 /// User, directory, environment and limit of a restored container are those asked for; and a limit that is met is told.
 pub fn as_asked(env: &Env) -> Result<()> {
     let settings = imaged(env);
