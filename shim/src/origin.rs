@@ -161,19 +161,28 @@ impl Place {
         let view = format!("{VIEW}{}-{}", std::process::id(), chain_id.trim_start_matches("sha256:"));
         let shown = Container { snapshotter, snapshot_key: view.clone() };
         let of = ["snapshots", "--snapshotter", &shown.snapshotter];
-        // Of those who were killed before they gave theirs back, perhaps with this process's number.
-        let list = self.say(client, &[&of[..], &["ls"]].concat()).await.unwrap_or_default();
-        let list = String::from_utf8_lossy(&list);
-        for left in list.lines().filter_map(|line| line.split_whitespace().next()) {
-            if left == view || is_left(left, VIEW) {
-                let _ = self.say(client, &[&of[..], &["rm", left]].concat()).await;
-            }
-        }
+        // Perhaps one with this process's number, too.
+        self.remove_views(client, &shown.snapshotter, |left| left == view || is_left(left, VIEW)).await;
         self.say(client, &[&of[..], &["view", &view, chain_id]].concat()).await?;
         let mounts = self.mounts(client, &shown).await;
         self.say(client, &[&of[..], &["rm", &view]].concat()).await?;
         let dir = mounts?.pop().map(|mount| PathBuf::from(mount.source)).unwrap_or_default();
         if dir.is_absolute() && dir.is_dir() { Ok(dir) } else { Err(OriginError::NoCopy { dir }) }
+    }
+
+    /// Removes the views of processes that were killed before they gave theirs back.
+    pub async fn clear_views(&self, client: &Path) {
+        // The one snapshotter whose roots are copies.
+        self.remove_views(client, "native", |left| is_left(left, VIEW)).await;
+    }
+
+    async fn remove_views(&self, client: &Path, snapshotter: &str, which: impl Fn(&str) -> bool) {
+        let of = ["snapshots", "--snapshotter", snapshotter];
+        let list = self.say(client, &[&of[..], &["ls"]].concat()).await.unwrap_or_default();
+        let list = String::from_utf8_lossy(&list);
+        for left in list.lines().filter_map(|line| line.split_whitespace().next()).filter(|left| which(left)) {
+            let _ = self.say(client, &[&of[..], &["rm", left]].concat()).await;
+        }
     }
 
     async fn snapshot(&self, client: &Path) -> Result<Container, OriginError> {

@@ -7,6 +7,7 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::PathBuf,
     process::{Command, Output, Stdio},
+    time::{Duration, SystemTime},
 };
 
 use chsnap::{
@@ -170,15 +171,26 @@ fn what_a_killed_build_has_left_is_pruned() {
     fs::write(at("state/.builders/0/fs.sock"), "").unwrap();
     let half = at("snapshots").join(format!(".new-{}", inputs(1).key()));
     fs::create_dir(&half).unwrap();
+    let [old, young] = ["old", "young"].map(|name| at("snapshots").join(format!(".tmp-{name}")));
+    let hour_ago = SystemTime::now() - Duration::from_secs(3600);
+    fs::File::create(&old).unwrap().set_modified(hour_ago).unwrap();
+    fs::write(&young, "").unwrap();
     let (alive, dead) = (std::process::id(), 4_194_999);
     let list = format!("echo web; echo chsnap-build-{alive}; echo chsnap-build-{dead}");
-    let script = format!("#!/bin/sh\necho \"$*\" >>{:?}\ncase \"$*\" in *' ls -q') {list};; esac\n", at("log"));
+    let views = format!("echo KEY PARENT KIND; echo chsnap-view-{alive}-ab; echo chsnap-view-{dead}-ab");
+    let script = format!(
+        "#!/bin/sh\necho \"$*\" >>{:?}\ncase \"$*\" in *' ls -q') {list};; *' native ls') {views};; esac\n",
+        at("log")
+    );
     fs::write(at("ctr"), script).unwrap();
     fs::set_permissions(at("ctr"), PermissionsExt::from_mode(0o755)).unwrap();
     fs::write(at("sock"), "").unwrap();
     host.says(&["prune", "--namespace", "n", "--address", at("sock").to_str().unwrap()]);
     assert!(!half.exists() && !at("state/.builders").exists());
+    assert!(!old.exists() && young.exists(), "somebody may be about to put it in its place");
     let said = fs::read_to_string(at("log")).unwrap();
+    assert_eq!(said.matches("native rm").count(), 1, "{said}");
+    assert!(said.contains(&format!("snapshots --snapshotter native rm chsnap-view-{dead}-ab")), "{said}");
     assert_eq!(said.matches("containers rm").count(), 1, "{said}");
     assert!(said.contains(&format!("--namespace n containers rm chsnap-build-{dead}")), "{said}");
     // Without a containerd there is nothing to ask; what stays of the rest is told.

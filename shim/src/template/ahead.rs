@@ -109,6 +109,7 @@ impl StandIn {
         for id in String::from_utf8_lossy(&list).lines().filter(|id| is_left(id, NAME)) {
             let _ = place.say(client, &["containers", "rm", id]).await;
         }
+        place.clear_views(client).await;
         Ok(())
     }
 
