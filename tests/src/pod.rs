@@ -111,6 +111,11 @@ impl<'a> Container<'a> {
             && flags.filter(|flag| OTHERS.iter().any(|other| flag.starts_with(other))).count() == 0
     }
 
+    /// Whether it comes into another container's pod, whose VM is called after that.
+    fn is_further(&self) -> bool {
+        self.flags.iter().any(|flag| flag == "io.kubernetes.cri.container-type=container")
+    }
+
     /// `verb` (`run`, `container create`) with everything that describes the container.
     pub fn ctr(&self, verb: &[&str], flags: &[&str], wrapper: Option<&[&str]>) -> Result<Run> {
         locked(&IDS).insert(self.id.clone());
@@ -153,7 +158,9 @@ impl<'a> Container<'a> {
         // From here on, there may be something to remove.
         let started = Started { env: self.env, id: self.id.clone(), log, removed: false };
         run.output()?.success()?;
-        ways::started(self.env, &self.id);
+        if !self.is_further() {
+            ways::started(self.env, &self.id);
+        }
         Ok(started)
     }
 }

@@ -183,7 +183,7 @@ pub fn check(env: &Env, mark: usize) -> Result<()> {
         let log = fs::read(env.daemon.log()).unwrap_or_default();
         String::from_utf8_lossy(log.get(mark..).unwrap_or_default()).into_owned()
     };
-    // What the shim says comes to containerd's log a little later. A pod's further containers have no VM of their own.
+    // What the shim says comes to containerd's log a little later.
     let started: Vec<_> = ours.iter().filter(|(_, (_, started))| *started).map(|((_, id), _)| id).collect();
     let told = || log().lines().any(|line| started.iter().any(|id| is_of(line, id))).then_some(());
     if !started.is_empty() && eventually(Duration::from_secs(2), told).is_none() {
