@@ -15,9 +15,9 @@ use crate::{
         time_namespace, too_many_layers, user_namespace,
     },
     errors_host::{
-        agent_of_another_release, annotation_of_pod, cgroup_refused, cloud_hypervisor_wanted, files_later,
-        memory_of_pod, pod_exists, pod_without_shim, shim_killed, shim_killed_in_boot, virtiofsd_killed_in_boot,
-        vmm_gives_up, vmm_killed_in_boot, vmm_says_nothing,
+        agent_missing, agent_of_another_release, annotation_of_pod, cgroup_refused, cloud_hypervisor_wanted,
+        files_later, memory_of_pod, pod_exists, pod_without_shim, shim_killed, shim_killed_in_boot,
+        virtiofsd_killed_in_boot, vmm_gives_up, vmm_killed_in_boot, vmm_says_nothing,
     },
     share::Tmpfs,
 };
@@ -32,7 +32,7 @@ crate::errors! {
     checkpoint, pause, mount_type,
     log_binary, bind_source_missing, cgroup_path, cgroup_refused, state_dir_unusable, state_dir_full, id_too_long, pod_exists, pod_without_shim, port_busy, kvm_wanted, cloud_hypervisor_wanted,
     vmm_missing, vmm_false, vmm_old, vmm_hangs, vmm_gives_up, vmm_says_nothing, virtiofsd_missing, virtiofsd_false, virtiofsd_old, virtiofsd_of_qemu, virtiofsd_ends,
-    kernel_missing, kernel_wrong, initramfs_missing, initramfs_wrong, init_fails, guest_panics, guest_hangs, agent_of_another_release,
+    kernel_missing, kernel_wrong, initramfs_missing, initramfs_wrong, init_fails, guest_panics, guest_hangs, agent_missing, agent_of_another_release,
     vmm_killed_in_boot, virtiofsd_killed_in_boot, shim_killed_in_boot,
     guest_crashes, vmm_killed, virtiofsd_killed, shim_killed, agent_silent,
     program_missing, exec_missing, exec_stopped, exec_twice, kill_finished,

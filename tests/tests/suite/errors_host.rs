@@ -1,6 +1,6 @@
 //! More of what can be wrong, see `errors.rs`: what a host has beside the pod.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 use anyhow::{Result, ensure};
 use chsnap_tests::{Containerd, Env, IMAGE, Tools, Version, Vmm, eventually, http, kill};
@@ -31,6 +31,23 @@ pub fn pod_exists(env: &Env) -> Result<String> {
     ensure!(started.sh("echo still here")? == "still here");
     started.remove()?;
     Ok(message)
+}
+
+/// In the place of the agent there is a file that is no program: an initramfs may be several archives, the last of which wins.
+pub fn agent_missing(env: &Env) -> Result<String> {
+    let mut archive = fs::read(&Tools::get().initramfs)?;
+    for (name, mode) in [("sbin/chsnap-agent", 0o100_644), ("TRAILER!!!", 0)] {
+        let numbers = [0, mode, 1, 0, 0, 0, 0, 0, 0, 0, 0, name.len() + 1, 0];
+        archive.resize(archive.len().next_multiple_of(4), 0);
+        archive.extend_from_slice(b"070701");
+        archive.extend(numbers.iter().flat_map(|number| format!("{number:08x}").into_bytes()));
+        archive.extend_from_slice(name.as_bytes());
+        archive.push(0);
+    }
+    archive.resize(archive.len().next_multiple_of(4), 0);
+    let path = env.dir.join("initramfs");
+    fs::write(&path, archive)?;
+    failed(env.container().settings(|s| s.path("guest", "initramfs", path)).command(["true"]).output()?, A_BOOT)
 }
 
 /// What makes the VM is the pod's; a further container may only repeat it.
