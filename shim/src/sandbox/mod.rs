@@ -20,6 +20,7 @@ pub(crate) mod machine;
 mod phases;
 mod plan;
 mod silence;
+pub(crate) mod sources;
 mod start;
 mod ways;
 

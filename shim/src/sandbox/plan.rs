@@ -29,6 +29,16 @@ pub enum PlanError {
         /// What to do.
         hint: &'static str,
     },
+    /// A file of the host's whose file system is stuck.
+    #[error(
+        "the mount source {path:?} did not answer within {seconds} s ([deadlines] boot): its file system is stuck"
+    )]
+    Unanswered {
+        /// Which.
+        path: PathBuf,
+        /// The deadline.
+        seconds: f32,
+    },
     /// A part that must be there.
     #[error("the OCI specification has no {0}")]
     Missing(&'static str),

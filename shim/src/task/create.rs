@@ -19,7 +19,7 @@ use super::{
 use crate::{
     config::{Annotations, Shape},
     oom,
-    sandbox::{NewContainer, Phases, Plan, Request, Sandbox, StartError, Started, Wanting, dir_of},
+    sandbox::{NewContainer, Phases, Plan, Request, Sandbox, StartError, Started, Wanting, dir_of, sources},
     share::RootMount,
     state::{self, Exposed, State},
     template::{self, Order},
@@ -60,6 +60,7 @@ impl Service {
             cgroups_path = pod.cgroups_path;
         }
         let root = spec.root().as_ref().map(|r| r.path().clone()).unwrap_or_default();
+        sources::answer(&spec, config.deadlines.boot.duration()).await?;
         let plan = Plan::of(&request.id, spec)?.with_ready(overrides.ready.as_ref());
         if !plan.ignored.is_empty() {
             log::info!("not applied inside the VM: {}", plan.ignored.join(", "));

@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 
 use crate::{
     errors_asked::{
-        bind_socket, capability_unknown, cgroup_file_unknown, checkpoint, config_body, disk_limits,
+        bind_socket, bind_source_stuck, capability_unknown, cgroup_file_unknown, checkpoint, config_body, disk_limits,
         foreign_mount_namespace, foreign_pid_namespace, host_cpus, host_device, host_ipc, host_network, host_pid,
         id_too_long, intel_rdt, loop_root, mapped_mount, mount_option, mount_type, no_oom_killer, oci_hooks,
         other_clock, pause, personality, propagation, rlimit_unknown, root_mount_fails, scheduling, sysctl_unknown,
@@ -30,7 +30,7 @@ crate::errors! {
     intel_rdt, other_clock, personality, scheduling, host_cpus, disk_limits, no_oom_killer, propagation, mapped_mount, mount_option, bind_socket,
     time_namespace, capability_unknown, rlimit_unknown, sysctl_unknown, cgroup_file_unknown, loop_root, root_mount_fails, too_many_layers,
     checkpoint, pause, mount_type,
-    log_binary, bind_source_missing, cgroup_path, cgroup_refused, state_dir_unusable, state_dir_full, id_too_long, pod_exists, pod_without_shim, port_busy, kvm_wanted, cloud_hypervisor_wanted,
+    log_binary, bind_source_missing, bind_source_stuck, cgroup_path, cgroup_refused, state_dir_unusable, state_dir_full, id_too_long, pod_exists, pod_without_shim, port_busy, kvm_wanted, cloud_hypervisor_wanted,
     vmm_missing, vmm_false, vmm_old, vmm_hangs, vmm_gives_up, vmm_says_nothing, virtiofsd_missing, virtiofsd_false, virtiofsd_old, virtiofsd_of_qemu, virtiofsd_ends,
     kernel_missing, kernel_wrong, initramfs_missing, initramfs_wrong, init_fails, guest_panics, guest_hangs, agent_missing, agent_of_another_release,
     vmm_killed_in_boot, virtiofsd_killed_in_boot, shim_killed_in_boot,

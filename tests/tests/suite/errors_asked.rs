@@ -1,6 +1,6 @@
 //! More of what can be wrong, see `errors.rs`: what a microVM cannot give.
 
-use std::{fs, path::Path, time::Duration};
+use std::{fs, os::fd::AsRawFd, path::Path, time::Duration};
 
 use anyhow::{Result, bail, ensure};
 use chsnap_tests::{Env, patience};
@@ -9,6 +9,7 @@ use containerd_shim_protos::{
     protobuf::well_known_types::any::Any,
     ttrpc::{self, context::with_duration},
 };
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
 use crate::errors::{A_BOOT, AT_ONCE, failed, refused};
@@ -88,6 +89,22 @@ pub fn oci_hooks(env: &Env) -> Result<String> {
 
 pub fn intel_rdt(env: &Env) -> Result<String> {
     specified(env, |spec| spec["linux"]["intelRdt"] = json!({ "closID": "gold" }))
+}
+
+/// A file system nobody serves: whoever looks at it waits.
+pub fn bind_source_stuck(env: &Env) -> Result<String> {
+    let dir = env.dir.join("stuck");
+    fs::create_dir(&dir)?;
+    let device = fs::File::options().read(true).write(true).open("/dev/fuse")?;
+    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
+    mount(Some("stuck"), &dir, Some("fuse"), MsFlags::empty(), Some(options.as_str()))?;
+    let flag = format!("type=bind,src={},dst=/mnt,options=rbind", dir.display());
+    let container = env.container().settings(|s| s.set("deadlines", "boot", "\"2s\"")).flags(["--mount", &flag]);
+    let output = container.command(["true"]).output();
+    // It is answered now, with an error.
+    drop(device);
+    umount2(&dir, MntFlags::MNT_DETACH)?;
+    failed(output?, AT_ONCE)
 }
 
 pub fn other_clock(env: &Env) -> Result<String> {
