@@ -79,6 +79,7 @@ pub fn imaged(env: &Env) -> Settings {
         .set("snapshot", "pod_env", "[\"WHO\"]")
         .path("snapshot", "ctr", env.ctr().program())
         .set("deadlines", "ready", (60 * patience()).to_string())
+        .set("deadlines", "hooks", (10 * patience()).to_string())
 }
 
 fn app<'a>(env: &'a Env, settings: &Settings, who: &str) -> Result<Container<'a>> {
