@@ -28,10 +28,10 @@ pub struct Removed {
 /// The paths of all files that any process in this guest has open or mapped, as in its container; or one that was removed.
 pub fn open() -> Result<Vec<PathBuf>, Removed> {
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let is_shared = |file: &Path| statfs(file).is_ok_and(|meta| meta.filesystem_type() == FUSE_SUPER_MAGIC);
     let mut found = BTreeMap::new();
-    pids.into_iter().try_for_each(|pid| add(pid, is_shared, &mut found))?;
+    pids.try_for_each(|pid| add(pid, is_shared, &mut found))?;
     Ok(found.into_iter().filter_map(|(path, is_held)| is_held.then_some(path)).collect())
 }
 

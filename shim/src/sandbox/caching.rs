@@ -16,7 +16,12 @@ pub(super) fn is_alone(request: &Request<'_>, first: &NewContainer<'_>) -> bool 
         && Overlay::of(first.rootfs).is_some()
 }
 
-/// As it is for the pod that starts with `first`. A template's is never changed so: what is in use there outlives its guest.
+/// As it is for a template's guest: what is in use there outlives it, and may not be believed for ever.
+pub(crate) fn of_template(configured: CacheMode) -> CacheMode {
+    if configured == CacheMode::Always { CacheMode::Revalidate } else { configured }
+}
+
+/// As it is for the pod that starts with `first`.
 pub(super) fn mode(request: &Request<'_>, first: &NewContainer<'_>) -> CacheMode {
     if is_alone(request, first) { CacheMode::Always } else { request.config.share.cache }
 }

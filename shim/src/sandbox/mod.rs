@@ -10,7 +10,7 @@ use tokio::{
 };
 
 mod blueprint;
-mod caching;
+pub(crate) mod caching;
 mod dir;
 mod error;
 mod expose;
@@ -252,8 +252,7 @@ impl Sandbox {
             Ok(streams) => return Ok(streams),
             Err(e) => e,
         };
-        if error.is_unknown() && self.gone.borrow().is_none() {
-            // The agent reads this after what it has not answered, be it after our patience.
+        if self.may_yet_do(&error) {
             self.forget(new.id).await;
         }
         share.remove_container(home);
@@ -261,6 +260,13 @@ impl Sandbox {
             Some(why) => ContainerError::Gone(why),
             None => ContainerError::Agent(error),
         })
+    }
+
+    /// Whether the agent may do what it failed to answer with this error. What it is asked next, it reads after that, be it
+    /// after our patience: so it can be asked to forget.
+    #[must_use]
+    pub fn may_yet_do(&self, error: &AgentError) -> bool {
+        error.is_unknown() && self.gone.borrow().is_none()
     }
 
     /// Why the agent was lost, where its machine's end explains it.

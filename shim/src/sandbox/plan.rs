@@ -30,9 +30,7 @@ pub enum PlanError {
         hint: &'static str,
     },
     /// A file of the host's whose file system is stuck.
-    #[error(
-        "the mount source {path:?} did not answer within {seconds} s ([deadlines] boot): its file system is stuck"
-    )]
+    #[error("the mount source {path:?} did not answer within {seconds} s ([deadlines] boot): its file system is stuck")]
     Unanswered {
         /// Which.
         path: PathBuf,
@@ -246,8 +244,12 @@ impl Plan {
 impl Division {
     /// Where in the container something of the host's is bound, whoever does that.
     pub fn bound(&self) -> impl Iterator<Item = &Path> {
-        let by_guest = self.for_guest.iter().filter(|m| m.typ().as_deref() == Some("bind")).map(Mount::destination);
+        let by_guest = self.guest_binds().map(Mount::destination);
         self.binds.iter().map(|bind| &bind.destination).chain(by_guest).map(PathBuf::as_path)
+    }
+
+    fn guest_binds(&self) -> impl Iterator<Item = &Mount> {
+        self.for_guest.iter().filter(|mount| is_bind(mount))
     }
 
     /// The binds that the guest has to make, as JSON.
@@ -255,15 +257,19 @@ impl Division {
     /// # Errors
     /// Where they cannot be written.
     pub fn staged_json(&self) -> Result<Vec<u8>, PlanError> {
-        let staged: Vec<_> = self.for_guest.iter().filter(|m| m.typ().as_deref() == Some("bind")).collect();
-        Ok(serde_json::to_vec(&staged)?)
+        Ok(serde_json::to_vec(&self.guest_binds().collect::<Vec<_>>())?)
     }
+}
+
+/// By its type, or by an option whatever the type is.
+pub(super) fn is_bind(m: &Mount) -> bool {
+    m.typ().as_deref() == Some("bind") || m.options().iter().flatten().any(|o| o == "bind" || o == "rbind")
 }
 
 fn wanted(m: Mount) -> Result<Wanted, PlanError> {
     let options = m.options().clone().unwrap_or_default();
     let fstype = m.typ().as_deref().unwrap_or_default();
-    if fstype == "bind" || options.iter().any(|o| o == "bind" || o == "rbind") {
+    if is_bind(&m) {
         let source = m.source().clone().ok_or(PlanError::Missing("source of a bind mount"))?;
         if let Some(word) = share::unknown_of_bind(&options) {
             return Err(PlanError::Unsupported {

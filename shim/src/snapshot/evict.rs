@@ -147,10 +147,12 @@ impl Store {
             let entry = entry.map_err(failed)?;
             let (name, path) = (entry.file_name(), entry.path());
             let name = name.to_string_lossy();
-            let swept = match () {
-                () if [NEW, OLD].iter().any(|prefix| name.starts_with(prefix)) => self.sweep_one(&path),
-                () if name.starts_with(files::UNFINISHED) => files::remove_if_old(&path, UNFINISHED_FOR),
-                () => Ok(()),
+            let swept = if [NEW, OLD].iter().any(|prefix| name.starts_with(prefix)) {
+                self.sweep_one(&path)
+            } else if name.starts_with(files::UNFINISHED) {
+                files::remove_if_old(&path, UNFINISHED_FOR)
+            } else {
+                Ok(())
             };
             if let Err(source) = swept {
                 stayed.push(EvictError::Io { path, source });

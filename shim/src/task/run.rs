@@ -123,8 +123,7 @@ impl Service {
         let streams = match created {
             Ok(streams) => streams,
             Err(e) => {
-                if e.is_unknown() && sandbox.gone().borrow().is_none() {
-                    // The agent reads this after what it has not answered, be it after our patience.
+                if sandbox.may_yet_do(&e) {
                     forget(&sandbox, &request.id, &request.exec_id).await;
                 }
                 return Err(explain(&sandbox, e).await);

@@ -13,10 +13,10 @@ use super::{
 };
 use crate::{
     agent::Agent,
-    config::{CacheMode, Config, VmmConfig},
+    config::{Config, VmmConfig},
     program::{Freshness, Scout},
     sandbox::{
-        StartError, guest_files,
+        StartError, caching, guest_files,
         machine::{self, Origin, Patience},
     },
     share::{self, Share, Virtiofsd, VirtiofsdProgram},
@@ -227,8 +227,7 @@ impl Workshop<'_> {
     pub async fn start(&self, driver: &dyn Driver, spec: &VmSpec, origin: Origin<'_>) -> Result<Running, StartError> {
         let Config { share, deadlines, .. } = &self.order.config;
         let dir = self.ground.share().map_or(self.ground.dir(), Share::dir);
-        // Names in use outlive this guest, whatever pods are to believe.
-        let cache = if share.cache == CacheMode::Always { CacheMode::Revalidate } else { share.cache };
+        let cache = caching::of_template(share.cache);
         let mut virtiofsd = Virtiofsd::spawn(&self.virtiofsd, cache, dir, &spec.share_socket, &spec.cgroups)?;
         let vm = match machine::start(driver, spec, origin, &mut virtiofsd).await {
             Ok(vm) => vm,
