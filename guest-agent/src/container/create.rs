@@ -3,7 +3,7 @@
 use std::{
     os::fd::{AsFd, OwnedFd},
     path::Path,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
 };
 
 use nix::{fcntl::OFlag, unistd::pipe2};
@@ -45,6 +45,11 @@ impl Drop for Claim<'_> {
     }
 }
 
+/// Whether its namespace of this kind is its own. One that it is given is the pod's, which in here is the machine's.
+fn has_own(spec: &Spec, kind: &str) -> bool {
+    !spec.linux.namespaces.iter().any(|one| one.kind == kind && !one.path.is_empty())
+}
+
 impl Containers {
     /// Makes everything ready for the container's process.
     ///
@@ -53,7 +58,12 @@ impl Containers {
     pub async fn create(&self, id: &str, spec: &[u8], wanted: Wanted) -> Result<StreamIds, ContainerError> {
         check_id(id)?;
         let _claim = Claim::new(self, id)?;
-        let spec: Spec = serde_json::from_slice(spec).map_err(PlanError::Json)?;
+        let mut spec: Spec = serde_json::from_slice(spec).map_err(PlanError::Json)?;
+        if !has_own(&spec, "uts") && self.named.swap(true, Ordering::Relaxed) {
+            // The pod has a name, perhaps another by now than its first container gave it.
+            spec.hostname.clear();
+            spec.domainname.clear();
+        }
         let cgroup = Arc::new(Cgroup::create(&self.cgroup_root, id, &spec.linux.resources)?);
         let init = Arc::new(Process::new(cgroup.clone()));
         match self.launch_init(&spec, wanted, &cgroup, &init).await {
@@ -102,9 +112,8 @@ impl Containers {
         };
         let (parked, start): (OwnedFd, OwnedFd) = pipe2(OFlag::O_CLOEXEC).map_err(|e| LaunchError::Watch(e.into()))?;
         let plan = plan::init(spec, &setting, parked.as_fd())?;
-        // One that is given is the pod's, which in here is the machine's own.
-        let shares_ipc = spec.linux.namespaces.iter().any(|one| one.kind == "ipc" && !one.path.is_empty());
-        let birth = Birth { namespaces: Namespaces::New { ipc: !shares_ipc }, cgroup: cgroup.as_fd(), beside: None };
+        let namespaces = Namespaces::New { ipc: has_own(spec, "ipc"), uts: has_own(spec, "uts") };
+        let birth = Birth { namespaces, cgroup: cgroup.as_fd(), beside: None };
         let launching = Launching::spawn(&plan, birth, Some(start), init, &self.reaper)?;
         // The child alone holds its ends from here on.
         drop((ends, parked));

@@ -20,7 +20,7 @@ use std::{
     fs::{self, File},
     io,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
     time::Duration,
 };
 
@@ -109,6 +109,8 @@ pub struct Containers {
     own_pid_namespace: File,
     /// The limit of open files for processes whose specification has none.
     open_files: u64,
+    /// Whether the machine has the name of its pod.
+    named: AtomicBool,
     /// `None` while one is being created.
     all: Mutex<HashMap<String, Option<Arc<Container>>>>,
 }
@@ -134,6 +136,7 @@ impl Containers {
             reaper: Reaper::default(),
             own_pid_namespace: sys::init_pid_namespace()?,
             open_files,
+            named: AtomicBool::default(),
             all: Mutex::default(),
         })
     }

@@ -27,10 +27,12 @@ pub struct Child {
 pub enum Namespaces {
     /// The parent's.
     Same,
-    /// A container's own: PID, mount, UTS, and IPC where it does not share that with the pod.
+    /// A container's own: PID, mount, and those that it does not share with its pod.
     New {
-        /// Whether it has one of its own.
+        /// Whether it has one of IPC of its own.
         ipc: bool,
+        /// Whether it has one of names of its own.
+        uts: bool,
     },
 }
 
@@ -54,9 +56,10 @@ pub fn spawn(plan: &Plan, namespaces: Namespaces, cgroup: BorrowedFd<'_>, report
     let mut pidfd: RawFd = -1;
     let flags = match namespaces {
         Namespaces::Same => 0,
-        Namespaces::New { ipc } => {
-            let own = libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWUTS;
-            if ipc { own | libc::CLONE_NEWIPC } else { own }
+        Namespaces::New { ipc, uts } => {
+            let own = |flag, wanted| if wanted { flag } else { 0 };
+            let shared = own(libc::CLONE_NEWIPC, ipc) | own(libc::CLONE_NEWUTS, uts);
+            libc::CLONE_NEWPID | libc::CLONE_NEWNS | shared
         }
     };
     // SAFETY: all fields are numbers, for which zero is "not used".

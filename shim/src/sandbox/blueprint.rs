@@ -125,8 +125,9 @@ impl Blueprint {
             linux.set_resources(None);
             // Which of them there are matters, whose they are does not.
             for namespace in linux.namespaces_mut().iter_mut().flatten() {
-                // But for that of IPC: one of a pod is the machine's, one of the container's own is another.
-                let pods = namespace.typ() == LinuxNamespaceType::Ipc && namespace.path().is_some();
+                // But for those of IPC and names: a pod's is the machine's, one of the container's own is another.
+                let shared = [LinuxNamespaceType::Ipc, LinuxNamespaceType::Uts].contains(&namespace.typ());
+                let pods = shared && namespace.path().is_some();
                 namespace.set_path(pods.then(|| "pod".into()));
             }
         }
@@ -190,7 +191,7 @@ mod tests {
             "linux": {
                 "cgroupsPath": "/pods/1",
                 "namespaces": [{"type": "pid"}, {"type": "network", "path": "/run/netns/1"}, {"type": "ipc"},
-                               {"type": "mount"}]
+                               {"type": "uts"}, {"type": "mount"}]
             }
         });
         change(&mut value);
@@ -220,7 +221,7 @@ mod tests {
         }));
         assert_eq!(one, other);
         type Change = fn(&mut serde_json::Value);
-        let changes: [Change; 13] = [
+        let changes: [Change; 14] = [
             |v| v["process"]["env"][6] = json!("APP_PORT=81"),
             |v| v["process"]["args"] = json!(["/bin/app", "-v"]),
             |v| v["process"]["user"]["additionalGids"] = json!([4]),
@@ -234,6 +235,7 @@ mod tests {
             |v| v["linux"]["sysctl"] = json!({"net.ipv4.ip_forward": "1"}),
             |v| v["linux"]["maskedPaths"] = json!(["/proc/keys"]),
             |v| v["linux"]["namespaces"][2]["path"] = json!("/proc/1/ns/ipc"),
+            |v| v["linux"]["namespaces"][3]["path"] = json!("/proc/1/ns/uts"),
         ];
         for change in changes {
             assert_ne!(process(&plan(change)), one);

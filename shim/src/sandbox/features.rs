@@ -37,6 +37,11 @@ pub(super) fn check(spec: &Spec) -> Result<(), PlanError> {
         (LinuxNamespaceType::Network, "the host's network namespace", "run without --net-host (hostNetwork)"),
         (LinuxNamespaceType::Pid, "the host's PID namespace", "run without hostPID"),
         (LinuxNamespaceType::Ipc, "the host's IPC namespace", "run without hostIPC"),
+        (
+            LinuxNamespaceType::Uts,
+            "the host's UTS namespace",
+            "give the container a UTS namespace (run without --uts host)",
+        ),
         (LinuxNamespaceType::Mount, "the host's mount namespace", "give the container a mount namespace"),
     ] {
         if find(typ).is_none() {
@@ -49,8 +54,8 @@ pub(super) fn check(spec: &Spec) -> Result<(), PlanError> {
     if find(LinuxNamespaceType::Pid).is_some_and(|n| n.path().is_some()) {
         return unsupported("another container's PID namespace".into(), "run without shareProcessNamespace");
     }
-    // Those of IPC, names and network are the sandbox's with CRI. The machine has one of IPC and one of network for all
-    // containers that are given one; names each of them has of its own.
+    // Those of IPC, names and network are the sandbox's with CRI. The machine has one of each for all containers that
+    // are given one.
     if find(LinuxNamespaceType::Mount).is_some_and(|n| n.path().is_some()) {
         return unsupported("another mount namespace".into(), "give the container one of its own, without a path");
     }

@@ -14,7 +14,8 @@ fn spec(change: impl FnOnce(&mut serde_json::Value)) -> Spec {
             {"destination": "/run/secrets", "type": "bind", "source": "/host/s", "options": ["rbind", "ro"]},
             {"destination": "/etc/hosts", "type": "bind", "source": "/host/hosts", "options": ["rbind"]}
         ],
-        "linux": {"namespaces": [{"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "mount"}]}
+        "linux": {"namespaces": [{"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "mount"},
+                                 {"type": "uts"}]}
     });
     change(&mut value);
     serde_json::from_value(value).unwrap()
@@ -98,10 +99,11 @@ fn a_long_id_becomes_a_name_that_a_kernel_takes() {
 #[test]
 fn what_cannot_be_given_is_named() {
     type Change = fn(&mut serde_json::Value);
-    let cases: [(Change, &str); 24] = [
+    let cases: [(Change, &str); 25] = [
         (|v| v["hooks"] = json!({"poststart": [{"path": "/bin/x"}]}), "OCI hooks"),
         (|v| v["linux"]["devices"] = json!([{"path": "/dev/kvm", "type": "c"}]), "/dev/kvm"),
         (|v| v["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "ipc"}]), "network namespace"),
+        (|v| v["linux"]["namespaces"].as_array_mut().unwrap().truncate(4), "the host's UTS namespace"),
         (|v| v["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"})), "user namespace"),
         (|v| v["linux"]["namespaces"][0]["path"] = json!("/proc/1/ns/pid"), "PID namespace"),
         (|v| v["linux"]["namespaces"][3]["path"] = json!("/proc/1/ns/mnt"), "another mount namespace"),
@@ -149,7 +151,7 @@ fn a_sandbox_s_namespaces_are_no_reason_to_refuse() {
     let sandbox = |v: &mut serde_json::Value| {
         v["linux"]["namespaces"][1]["path"] = json!("/run/netns/cni-1");
         v["linux"]["namespaces"][2]["path"] = json!("/proc/1/ns/ipc");
-        v["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "uts", "path": "/proc/1/ns/uts"}));
+        v["linux"]["namespaces"][4]["path"] = json!("/proc/1/ns/uts");
         v["linux"]["personality"] = json!({"domain": "LINUX"});
     };
     Plan::of("web", spec(sandbox)).unwrap();

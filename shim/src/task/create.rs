@@ -37,7 +37,7 @@ impl Service {
             return Err(TaskError::Checkpoint(from.clone()));
         }
         let path = Path::new(&request.bundle).join("config.json");
-        let spec = Spec::load(&path).map_err(|source| TaskError::Spec { path, source })?;
+        let mut spec = Spec::load(&path).map_err(|source| TaskError::Spec { path, source })?;
         let config = options::config(request.options.as_ref())?;
         if !self.debug {
             log::set_max_level(config.log.level.into());
@@ -58,6 +58,9 @@ impl Service {
             overrides = overrides.or(&pod.overrides);
             limits = pod.limits.or(limits);
             cgroups_path = pod.cgroups_path;
+            if spec.hostname().as_ref().is_none_or(String::is_empty) {
+                spec.set_hostname(pod.hostname);
+            }
         }
         let root = spec.root().as_ref().map(|r| r.path().clone()).unwrap_or_default();
         sources::answer(&spec, config.deadlines.boot.duration()).await?;
@@ -79,7 +82,8 @@ impl Service {
             let limits = pause::limits(&annotations);
             // Before the pod is said to be there: no VM could ever be that large.
             Shape::of_pod(&config, &overrides, limits.as_ref())?;
-            return self.create_pause(created, paths, Pod { overrides, cgroups_path, limits }).await;
+            let hostname = plan.spec().hostname().clone();
+            return self.create_pause(created, paths, Pod { overrides, cgroups_path, hostname, limits }).await;
         }
         let shape = shape_of(&config, &overrides, limits.as_ref())?;
         let local = Local::open(&paths).await?;

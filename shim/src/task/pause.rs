@@ -33,6 +33,8 @@ const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 pub(super) struct Pod {
     pub overrides: Overrides,
     pub cgroups_path: String,
+    /// Containers in its namespace of names are not told it.
+    pub hostname: Option<String>,
     /// Their sum, to which a container without any adds nothing; `None` where it is not known.
     pub limits: Option<LinuxResources>,
 }

@@ -76,6 +76,10 @@ pub fn host_ipc(env: &Env) -> Result<String> {
     without_namespace(env, "ipc")
 }
 
+pub fn host_uts(env: &Env) -> Result<String> {
+    without_namespace(env, "uts")
+}
+
 pub fn user_namespace(env: &Env) -> Result<String> {
     specified(env, |spec| {
         let namespaces = spec["linux"]["namespaces"].as_array_mut();

@@ -33,25 +33,32 @@ fn beside<'a>(env: &'a Env, first: &Started<'_>) -> Container<'a> {
         .annotation("io.kubernetes.cri.container-type", "container")
 }
 
+/// As CRI has it: containers are given these namespaces of the pod's sandbox.
+const SANDBOX_S: [&str; 4] = ["--with-ns", "ipc:/proc/1/ns/ipc", "--with-ns", "uts:/proc/1/ns/uts"];
+
 /// A pod's second container comes into a machine that runs: what is closed for writing has to be closed there too.
 fn two_containers(env: &Env) -> Result<()> {
     let first = env.container();
     let id = first.id.clone();
-    // As CRI has it: both are given the namespace of the pod's sandbox.
-    let ipc = ["--with-ns", "ipc:/proc/1/ns/ipc"];
-    let first = first.annotation("io.kubernetes.cri.sandbox-id", &id).flags(ipc).sh("echo up; sleep 1000").start()?;
+    let first =
+        first.annotation("io.kubernetes.cri.sandbox-id", &id).flags(SANDBOX_S).sh("echo up; sleep 1000").start()?;
     first.wait_log("up")?;
     let volume = env.dir.join("volume");
     fs::create_dir(&volume)?;
     fs::write(volume.join("word"), "secret\n")?;
     let mount = format!("type=bind,src={},dst=/mnt/volume,options=rbind:ro", volume.display());
-    let second = beside(env, &first).flags(ipc).flags(["--read-only", "--mount", &mount]);
+    let second = beside(env, &first).flags(SANDBOX_S).flags(["--read-only", "--mount", &mount]);
     let second = second.sh("echo up; sleep 1000").start()?;
     second.wait_log("up")?;
-    let namespace = |one: &Started<'_>| one.sh("readlink /proc/self/ns/ipc");
-    ensure!(namespace(&first)? == namespace(&second)?, "they cannot have shared memory (shmget(2)) with each other");
     let alone = beside(env, &first).sh("sleep 1000").start()?;
-    ensure!(namespace(&first)? != namespace(&alone)?, "it has none of its own though it was given none");
+    for (kind, of_it) in [("ipc", "shared memory (shmget(2))"), ("uts", "a name")] {
+        let namespace = |one: &Started<'_>| one.sh(&format!("readlink /proc/self/ns/{kind}"));
+        ensure!(namespace(&first)? == namespace(&second)?, "they cannot have {of_it} in common");
+        ensure!(namespace(&first)? != namespace(&alone)?, "it has not {of_it} of its own though it was given none");
+    }
+    // Nothing else gave the pod a name.
+    let name = |one: &Started<'_>| one.sh("uname -n");
+    ensure!(name(&first)? == first.id && name(&second)? == first.id && name(&alone)? == alone.id);
     alone.remove()?;
     ensure!(env.processes(env.vmm_name()).len() == 1, "{:?}", env.processes(env.vmm_name()));
     ensure!(second.sh("cat /mnt/volume/word")? == "secret");
@@ -86,6 +93,7 @@ fn sandbox_without_vm(env: &Env) -> Result<()> {
         .annotation("io.chsnap.expose", "8080")
         // As it would be anyway; there is no snapshot of this size.
         .annotation("io.chsnap.snapshot", "auto")
+        .flags(["--hostname", "web-0"])
         .command(["/pause"]);
     let mut events = follow(env, &id)?;
     let pause = pause.start()?;
@@ -94,16 +102,16 @@ fn sandbox_without_vm(env: &Env) -> Result<()> {
     let said = pause.exec(["true"]).output()?;
     ensure!(said.code != 0 && said.stderr.contains("in which there is nothing to execute"), "{}", said.whole());
     for round in ["first", "its successor"] {
-        let run = beside(env, &pause).sh("echo up; sleep 1000").start()?;
-        run.wait_log("up")?;
+        let run = beside(env, &pause).flags(SANDBOX_S).sh("uname -n; sleep 1000").start()?;
+        run.wait_log("web-0")?;
         ensure!(vms() == 1, "{round}: {:?}", env.processes(env.vmm_name()));
         // What the sandbox was told of the pod holds for its machine: 600 MiB, a 64th and 96 MiB beside.
         let pods: Value = serde_json::from_str(&env.chsnap(["ps", "--json"])?.text()?)?;
         let pod = pods.as_array().into_iter().flatten().find(|pod| pod["id"] == id).context("chsnap ps: no pod")?;
         ensure!(pod["memory_mib"] == 706 && pod["exposed"][0]["guest_port"] == 8080, "{round}: {pod}");
         ensure!(pause.pod_dir().join("8080.sock").exists(), "{round}");
-        let beside_it = beside(env, &pause).command(["echo", "both"]).output()?.success()?;
-        ensure!(beside_it.text() == "both\n" && vms() == 1, "{round}: {}", beside_it.whole());
+        let beside_it = beside(env, &pause).flags(SANDBOX_S).command(["uname", "-n"]).output()?.success()?;
+        ensure!(beside_it.text() == "web-0\n" && vms() == 1, "{round}: {}", beside_it.whole());
         run.remove()?;
         ensure!(vms() == 0, "{round}: nothing runs in the VM any more: {:?}", env.processes(env.vmm_name()));
         ensure!(env.ctr().status(&id)?.as_deref() == Some("RUNNING"), "{round}");
