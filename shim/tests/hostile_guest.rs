@@ -103,6 +103,19 @@ async fn met(mut sends: Vec<Vec<u8>>) -> Agent {
     panic!("a guest that answers well was not heard");
 }
 
+#[test]
+fn a_guest_that_sleeps_over_a_request_is_woken() {
+    block_on(async {
+        let info = || InfoResponse::new().write_to_bytes().unwrap();
+        // It sees the request for the statistics only when the next one comes.
+        let woken = [answer(1, StatsResponse::new().write_to_bytes().unwrap()), answer(2, info())].concat();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        tokio::spawn(guest(theirs, vec![answer(0, info()), Vec::new(), woken]));
+        let (agent, _) = Agent::open(Box::new(ours), Duration::from_secs(2)).await.unwrap();
+        agent.stats("c").await.unwrap();
+    });
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..ProptestConfig::default() })]
 

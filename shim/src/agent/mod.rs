@@ -21,21 +21,10 @@ use ttrpc::{asynchronous::transport::Socket, context::Context};
 
 use crate::{config::Ready, vmm::Channel};
 
-mod clock;
-mod error;
-mod fresh;
-mod pump;
-
-use clock::{Clock, TRIES as CLOCK_TRIES};
-pub use error::AgentError;
-use error::failed;
-pub use fresh::Fresh;
-pub use pump::{read_into, write_from};
-
 /// A request, answered in time or given up: `ask!(agent, "Name", method(request))`.
 macro_rules! ask {
     ($agent:expr, $call:literal, $method:ident($request:expr)) => {
-        $agent.within_deadline($call, ask_patiently!($agent, $call, $method($request)))
+        $agent.knocking($call, ask_patiently!($agent, $call, $method($request)))
     };
 }
 
@@ -56,6 +45,18 @@ macro_rules! ask_patiently {
     }};
 }
 
+mod clock;
+mod error;
+mod fresh;
+mod knock;
+mod pump;
+
+use clock::{Clock, TRIES as CLOCK_TRIES};
+pub use error::AgentError;
+use error::failed;
+pub use fresh::Fresh;
+pub use pump::{read_into, write_from};
+
 /// The agent of one VM. Clones share the session.
 #[derive(Clone)]
 pub struct Agent {
@@ -73,9 +74,13 @@ impl Agent {
         session::open(&mut channel, number).await.map_err(AgentError::Session)?;
         let client = ttrpc::r#async::Client::new(Socket::new(channel));
         let agent = Self { client: Arc::new(AgentClient::new(client)), deadline };
-        let request = InfoRequest { protocol_version: PROTOCOL_VERSION, ..Default::default() };
-        let info = ask!(agent, "Info", info(request)).await?;
+        let info = agent.knocking("Info", agent.info()).await?;
         Ok((agent, info))
+    }
+
+    async fn info(&self) -> Result<InfoResponse, AgentError> {
+        let request = InfoRequest { protocol_version: PROTOCOL_VERSION, ..Default::default() };
+        ask_patiently!(self, "Info", info(request)).await
     }
 
     async fn within_deadline<T>(

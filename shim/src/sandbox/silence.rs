@@ -4,14 +4,23 @@
 use std::{fs, path::Path, time::Duration};
 
 use log::warn;
+use tokio::time::timeout;
 
 use super::machine::last_words;
 use crate::{proc, share::Virtiofsd, vmm::Vm};
 
+/// How long a VMM may take to tell what is in the queues of its guest's devices.
+const QUEUES: Duration = Duration::from_secs(2);
+
 /// Writes it to the log: the error is for who asked for the pod, this for who looks after the host.
-pub(super) fn report(id: &str, vm: &dyn Vm, virtiofsd: &Virtiofsd) {
+pub(super) async fn report(id: &str, vm: &dyn Vm, virtiofsd: &Virtiofsd) {
     warn!("{id}: the threads of the silent guest's VMM: {}", threads(vm.pid()));
     warn!("{id}: the threads of its virtiofsd: {}", virtiofsd.pid().map(threads).unwrap_or_default());
+    // A VMM that hangs does not tell.
+    match timeout(QUEUES, vm.queues()).await {
+        Ok(queues) if !queues.is_empty() => warn!("{id}: its queues: {queues}"),
+        _ => {}
+    }
     if let Some(words) = last_words(&vm.console()) {
         warn!("{id}: its console ended with: {words}");
     }

@@ -208,7 +208,7 @@ impl Stage<'_> {
             Ok(met) => Ok((vm, met)),
             Err(error) => {
                 if error.is_of_silence() {
-                    silence::report(self.request.id, &*vm, virtiofsd);
+                    silence::report(self.request.id, &*vm, virtiofsd).await;
                 }
                 vm.kill().await;
                 Err(error)

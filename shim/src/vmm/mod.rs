@@ -144,6 +144,10 @@ pub trait Vm: Send + Sync {
     fn exited(&self) -> watch::Receiver<Option<VmExit>>;
     /// The last lines of the guest's console, bounded, printable.
     fn console(&self) -> String;
+    /// What lies in the queues of its devices, where the VMM can tell.
+    async fn queues(&self) -> String {
+        String::new()
+    }
     /// Stops the guest's CPUs and writes the machine into the directory that its [`VmSpec::snapshot_dir`] named. The
     /// machine does not go on from there: it is to be killed.
     async fn snapshot(&self, into: &Path) -> Result<(), SnapshotError>;

@@ -6,6 +6,7 @@
 mod args;
 mod migration;
 mod qmp;
+mod queues;
 #[cfg(test)]
 mod tests;
 
@@ -132,6 +133,10 @@ impl Vm for QemuVm {
 
     fn console(&self) -> String {
         self.process.console()
+    }
+
+    async fn queues(&self) -> String {
+        queues::describe(&self.qmp).await
     }
 
     async fn snapshot(&self, into: &Path) -> Result<(), SnapshotError> {
