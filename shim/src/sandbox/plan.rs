@@ -88,7 +88,8 @@ pub struct Division {
 const POD_ANNOTATIONS: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID"];
 
 /// The pod that a specification says its container belongs to.
-pub(crate) fn pod_of(spec: &Spec) -> Option<&str> {
+#[must_use]
+pub fn pod_of(spec: &Spec) -> Option<&str> {
     let annotations = spec.annotations().as_ref()?;
     POD_ANNOTATIONS.iter().find_map(|name| annotations.get(*name)).map(String::as_str)
 }

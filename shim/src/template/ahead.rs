@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use chsnap_protocol::agent::Stdio;
+use oci_spec::runtime::Spec;
 use thiserror::Error;
 
 use super::Order;
@@ -40,6 +41,8 @@ pub struct Ahead {
     pub stdin: bool,
     /// It has a terminal.
     pub terminal: bool,
+    /// What its pods have instead of what the client would give them.
+    pub like: Option<Spec>,
 }
 
 /// It cannot be told what would run.
@@ -125,11 +128,15 @@ impl StandIn {
         shape: Shape,
     ) -> Result<Order, AheadError> {
         let failed = |source| AheadError::Container { image: ahead.image.clone(), source };
-        let spec = self.place.spec(&self.client).await.map_err(failed)?;
+        let spec = match &ahead.like {
+            Some(spec) => spec.clone(),
+            None => self.place.spec(&self.client).await.map_err(failed)?,
+        };
         let rootfs = self.place.rootfs(&self.client).await.map_err(failed)?;
         CloneRoot::of(&rootfs).ok_or(AheadError::Snapshotter)?;
         let plan = Plan::of(&self.place.container, spec)?.with_ready(Some(&ahead.ready));
-        let stdio = Stdio { stdin: ahead.stdin, terminal: ahead.terminal, ..Stdio::default() };
+        let terminal = ahead.terminal || plan.terminal;
+        let stdio = Stdio { stdin: ahead.stdin, terminal, ..Stdio::default() };
         let blueprint = Blueprint::of(&plan, &ahead.ready, &stdio, &config.snapshot.pod_env);
         let config = Config {
             snapshot: crate::config::SnapshotConfig { ctr: self.client.clone(), ..config.snapshot.clone() },

@@ -5,6 +5,7 @@ use std::{error::Error, io, io::Write, process::ExitCode};
 use chsnap::task::chain;
 use clap::{Parser, Subcommand};
 
+mod build;
 mod doctor;
 mod image;
 mod ps;

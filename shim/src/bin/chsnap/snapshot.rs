@@ -4,21 +4,24 @@ use std::{
     error::Error,
     path::{Path, PathBuf},
     process::ExitCode,
-    time::{Instant, SystemTime},
+    time::SystemTime,
 };
 
 use chsnap::{
-    config::{Config, Overrides, Ready, Shape, Size},
+    config::{Config, Size},
     origin::Place,
     snapshot::{Entry, Key, Manifest, Pruned, Store},
     task::chain,
-    template::{self, Ahead, Built, Order, StandIn},
+    template::{self, StandIn},
 };
 use clap::Subcommand;
 use serde::Serialize;
-use tokio::signal::unix::{SignalKind, signal};
 
-use crate::{Outcome, print_json, table};
+use crate::{
+    Outcome,
+    build::{self, Build},
+    print_json, table,
+};
 
 #[derive(Subcommand)]
 pub enum Command {
@@ -27,7 +30,7 @@ pub enum Command {
     /// Show what one was made from and consists of
     Inspect(One),
     /// Build one ahead of the first pod that would use it
-    Build(Build),
+    Build(Box<Build>),
     /// Compare the files of one, or of all, with their digests; exit with 0 if all fit
     Verify(Several),
     /// Remove some; one in use stays
@@ -40,10 +43,10 @@ pub enum Command {
 pub struct Args {
     /// Print JSON
     #[arg(long)]
-    json: bool,
+    pub json: bool,
     /// Configuration file that names the store [default: /etc/chsnap/config.toml if it exists]
     #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
+    pub config: Option<PathBuf>,
 }
 
 #[derive(clap::Args)]
@@ -67,51 +70,13 @@ pub struct Several {
 }
 
 #[derive(clap::Args)]
-pub struct Build {
-    /// Of a guest with nothing but kernel and agent, for any image
-    #[arg(long, required_unless_present = "image", conflicts_with = "image")]
-    base: bool,
-    /// The image whose process is to be saved, as `ctr run` would start it
-    image: Option<String>,
-    /// When the process is ready, as in the annotation io.chsnap.ready of its pods
-    #[arg(long, value_name = "SIGN", requires = "image", required_unless_present = "base")]
-    ready: Option<Ready>,
-    /// Environment variable of its pods, beside the image's; may be repeated
-    #[arg(long, value_name = "KEY=VALUE", requires = "image")]
-    env: Vec<String>,
-    /// Its pods have a stdin: those of `ctr run` do, with -d, too; in Kubernetes, those that ask for one
-    #[arg(long, requires = "image")]
-    stdin: bool,
-    /// Its pods have a terminal
-    #[arg(long, requires = "image")]
-    tty: bool,
-    /// Snapshotter of its pods [default: containerd's own]
-    #[arg(long, requires = "image")]
-    snapshotter: Option<String>,
-    #[command(flatten)]
-    containerd: Containerd,
-    /// What its pods run instead of what the image says, word by word
-    #[arg(last = true, requires = "image")]
-    words: Vec<String>,
-    /// Memory of the guest, such as 1GiB [default: guest.default_memory]
-    #[arg(long, value_name = "SIZE")]
-    memory: Option<Size>,
-    /// vCPUs of the guest [default: guest.default_vcpus]
-    #[arg(long, value_name = "N")]
-    vcpus: Option<u32>,
-    #[command(flatten)]
-    args: Args,
-}
-
-/// Where containers are made to build from.
-#[derive(clap::Args)]
-struct Containerd {
+pub struct Containerd {
     /// containerd's socket
     #[arg(long, env = "CONTAINERD_ADDRESS", default_value = "/run/containerd/containerd.sock")]
-    address: String,
+    pub address: String,
     /// containerd's namespace
     #[arg(long, env = "CONTAINERD_NAMESPACE", default_value = "default")]
-    namespace: String,
+    pub namespace: String,
     /// containerd's client [default: snapshot.ctr]
     #[arg(long, value_name = "PATH")]
     ctr: Option<PathBuf>,
@@ -164,7 +129,7 @@ pub fn run(command: &Command) -> Outcome {
     match command {
         Command::Ls(args) => list(args),
         Command::Inspect(one) => inspect(one),
-        Command::Build(build) => self::build(build),
+        Command::Build(build) => build::run(build),
         Command::Verify(some) => each(some, "fits", |store, key| store.verify(key).map_err(Into::into)),
         Command::Rm(some) => each(some, "removed", |store, key| store.remove(key).map_err(Into::into)),
         Command::Prune(prune) => self::prune(prune),
@@ -224,7 +189,7 @@ fn inspect(one: &One) -> Outcome {
     let entry = entries.iter().find(|entry| entry.key == key).ok_or("it is gone")?;
     if one.args.json {
         print_json(&Row::of(entry))?;
-        return Ok(ExitCode::SUCCESS);
+        return Ok(if entry.manifest.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     let manifest = entry.manifest.as_ref().map_err(|error| chain(error))?;
     let inputs = serde_json::to_value(&manifest.inputs)?;
@@ -277,7 +242,8 @@ fn each(some: &Several, done: &str, what: Deed) -> Outcome {
 }
 
 impl Containerd {
-    fn client(&self, config: &Config) -> PathBuf {
+    /// Its client.
+    pub fn client(&self, config: &Config) -> PathBuf {
         self.ctr.clone().unwrap_or_else(|| config.snapshot.ctr.clone())
     }
 
@@ -311,70 +277,6 @@ fn prune(prune: &Prune) -> Outcome {
     }
     stayed.iter().for_each(|error| eprintln!("chsnap: {}", chain(error)));
     Ok(if stayed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-/// In the foreground: progress on stderr, the key on stdout.
-fn build(build: &Build) -> Outcome {
-    let config = Config::load(build.args.config.as_deref())?;
-    let overrides = Overrides { memory: build.memory, vcpus: build.vcpus, ..Overrides::default() };
-    let shape = Shape::of(&config, &overrides, None)?;
-    template::isolate().map_err(|error| format!("cannot enter namespaces of its own, run this as root: {error}"))?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let began = Instant::now();
-    let mut tell = |line: &str| eprintln!("chsnap: {:5.1} s  {line}", began.elapsed().as_secs_f32());
-    let built = runtime.block_on(async {
-        let order = Order { beside: false, ..Order::of(&config, &overrides, shape) };
-        let (Some(image), Some(ready)) = (&build.image, &build.ready) else {
-            return tokio::select! {
-                built = template::build(&order, &mut tell) => Ok(built?),
-                error = interrupted() => Err(error),
-            };
-        };
-        let ahead = Ahead {
-            client: build.containerd.client(&config),
-            address: build.containerd.address.clone(),
-            namespace: build.containerd.namespace.clone(),
-            snapshotter: build.snapshotter.clone(),
-            image: image.clone(),
-            env: build.env.clone(),
-            args: build.words.clone(),
-            ready: ready.clone(),
-            stdin: build.stdin,
-            terminal: build.tty,
-        };
-        let container = StandIn::make(&ahead).await?;
-        let built = tokio::select! {
-            built = async {
-                let order = container.order(&ahead, &config, &overrides, shape).await?;
-                Ok::<_, Box<dyn Error>>(template::build(&order, &mut tell).await?)
-            } => built,
-            error = interrupted() => Err(error),
-        };
-        container.remove().await?;
-        built
-    });
-    let (key, new) = match built? {
-        Built::New(key) => (key, true),
-        Built::There(key) => (key, false),
-    };
-    if build.args.json {
-        print_json(&serde_json::json!({ "key": key, "new": new }))?;
-    } else {
-        println!("{key}{}", if new { "" } else { " was there already" });
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-/// Whatever was begun is taken down then.
-async fn interrupted() -> Box<dyn Error> {
-    let signals = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()].map(signal);
-    let [Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)] = signals else { return std::future::pending().await };
-    let name = tokio::select! {
-        _ = interrupt.recv() => "SIGINT",
-        _ = terminate.recv() => "SIGTERM",
-        _ = hangup.recv() => "SIGHUP",
-    };
-    format!("interrupted by {name}, nothing was built").into()
 }
 
 /// The only key that begins so.
