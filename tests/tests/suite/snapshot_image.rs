@@ -14,12 +14,12 @@ use serde_json::Value;
 use crate::{
     events, image,
     snapshot::{container, finished, list, own, way},
-    snapshot_image_built::{as_asked, builder_killed, built_ahead, held_open, neither_restored, not_ready},
+    snapshot_image_built::{as_asked, builder_killed, built_ahead, built_like, held_open, neither_restored, not_ready},
 };
 
 crate::cases! {
     Vms: initialised;
-    Once: ready_signs, not_ready, hooks_fail, another_image, written_before, copied_root, built_ahead, builder_killed,
+    Once: ready_signs, not_ready, hooks_fail, another_image, written_before, copied_root, built_ahead, built_like, builder_killed,
           neither_restored, as_asked, held_open;
 }
 

@@ -89,6 +89,57 @@ pub fn built_ahead(env: &Env) -> Result<()> {
     same.remove()
 }
 
+/// On Kubernetes it is not `ctr` that says what a container is. One that runs, or ran elsewhere, tells.
+pub fn built_like(env: &Env) -> Result<()> {
+    let settings = imaged(env).set("snapshot", "builders", "0");
+    let limit = 209_715_200_u64.to_string();
+    let pod = || -> Result<(Started<'_>, Started<'_>)> {
+        let of_pod = |id: &str, typ: &str| {
+            let ready = container(env, &settings).annotation("io.chsnap.ready", "file:///ready");
+            ready.annotation("io.kubernetes.cri.sandbox-id", id).annotation("io.kubernetes.cri.container-type", typ)
+        };
+        let id = env.container().id;
+        let mut pause = of_pod(&id, "sandbox").annotation("io.kubernetes.cri.sandbox-memory", &limit);
+        pause.id.clone_from(&id);
+        let pause = pause.command(["/pause"]).start()?;
+        let app = of_pod(&id, "container").sh("echo up; : > /ready; while :; do sleep 0.1; done");
+        let app =
+            app.flags(["--cap-add", "CAP_NET_ADMIN", "--with-ns", "uts:/proc/1/ns/uts", "--memory-limit", &limit]);
+        Ok((pause, app.start()?))
+    };
+    let build = |arguments: &[&str]| -> Result<Run> {
+        let run = env.chsnap_with(&settings, ["snapshot", "build", chsnap_tests::IMAGE])?.args(arguments);
+        let run = run.arg("--address").arg(env.daemon.run.join("c.sock")).args(["--namespace", &env.daemon.namespace]);
+        Ok(run.limit(Duration::from_secs(180) * patience()))
+    };
+    let (pause, app) = pod()?;
+    is(env, &pause, "direct", "builders = 0 has none built")?;
+    let file = env.dir.join("spec.json");
+    let like = file.display().to_string();
+    let missing = build(&["--like", &like])?.output()?;
+    ensure!(missing.code != 0 && missing.stderr.contains(&format!("specification {like:?}")), "{}", missing.whole());
+    fs::write(&file, env.ctr().text(["containers", "info", "--spec", &app.id])?)?;
+    app.remove()?;
+    pause.remove()?;
+    build(&["--like", &like])?.text()?;
+    let (pause, app) = pod()?;
+    is(env, &pause, "image", "")?;
+    app.wait_log("up")?;
+    ensure!(app.sh("uname -n")? == pause.id);
+    app.remove()?;
+    pause.remove()?;
+    let spec =
+        |user| json!({ "ociVersion": "1.2.0", "process": { "user": user, "cwd": "/", "args": ["x"] } }).to_string();
+    fs::write(&file, spec(json!("root")))?;
+    let wrong = build(&["--like", &like])?.output()?;
+    ensure!(wrong.code != 0 && wrong.stderr.contains("\"root\""), "{}", wrong.whole());
+    // Whoever does not say when its process is ready is asked for it.
+    fs::write(&file, spec(json!({ "uid": 0, "gid": 0 })))?;
+    let unsaid = build(&["--like", &like])?.output()?;
+    ensure!(unsaid.code != 0 && unsaid.stderr.contains("add --ready SIGN"), "{}", unsaid.whole());
+    Ok(())
+}
+
 /// From the image snapshot to the base snapshot to a boot, in the same request, with the reasons in the event.
 pub fn neither_restored(env: &Env) -> Result<()> {
     let broken = env.dir.join("broken");

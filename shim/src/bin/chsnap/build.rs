@@ -10,6 +10,7 @@ use std::{
 use chsnap::{
     config::{Annotations, Config, Overrides, Ready, Shape, Size},
     sandbox::pod_of,
+    task::chain,
     template::{self, Ahead, Built, Order, StandIn},
 };
 use oci_spec::runtime::Spec;
@@ -51,7 +52,7 @@ pub struct Build {
     /// What its pods run instead of what the image says, word by word
     #[arg(last = true, requires = "image")]
     words: Vec<String>,
-    /// Memory of the guest, such as 1GiB [default: guest.default_memory]
+    /// Memory of the guest, such as 1GiB [default: guest.default_memory, with --like that of a pod of this container alone]
     #[arg(long, value_name = "SIZE")]
     memory: Option<Size>,
     /// vCPUs of the guest [default: guest.default_vcpus]
@@ -76,7 +77,7 @@ impl Build {
 }
 
 fn read(path: &Path) -> Result<Spec, Box<dyn Error>> {
-    Spec::load(path).map_err(|error| format!("cannot read the OCI specification {path:?}: {error}").into())
+    Spec::load(path).map_err(|error| format!("cannot read the OCI specification {path:?}: {}", chain(&error)).into())
 }
 
 /// As large as the shim makes such a pod's guest.
