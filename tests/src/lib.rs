@@ -18,7 +18,7 @@ pub mod http;
 pub mod table;
 pub mod ways;
 
-pub use containerd::{Containerd, Version, keep_logs, stop_all, sweep};
+pub use containerd::{Containerd, Version, keep_logs, stop_all, sweep, tell_knocks};
 pub use ctr::Ctr;
 pub use env::{Env, Vmm};
 pub use leak::Baseline;

@@ -20,7 +20,7 @@ use std::{
 };
 
 use chsnap_tests::{
-    Baseline, Containerd, Env, Tools, Version, Vmm, keep_logs, patience, stop_all, sweep,
+    Baseline, Containerd, Env, Tools, Version, Vmm, keep_logs, patience, stop_all, sweep, tell_knocks,
     ways::{self, Way},
 };
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -89,6 +89,7 @@ fn main() -> ExitCode {
     if conclusion.has_failed() {
         keep_logs();
     }
+    tell_knocks();
     stop_all();
     conclusion.exit_code()
 }
