@@ -244,7 +244,9 @@ pub fn keep_logs() {
 pub fn tell_knocks() {
     for containerd in locked(&RUNNING).iter() {
         let log = fs::read_to_string(containerd.log()).unwrap_or_default();
-        for line in log.lines().filter(|line| line.contains("whether it is there")) {
+        for line in
+            log.lines().filter(|line| line.contains("whether it is there") || line.contains("the agent is not there"))
+        {
             println!("note: {line}");
         }
     }

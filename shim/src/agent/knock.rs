@@ -6,17 +6,25 @@
 
 use std::{
     convert::Infallible,
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
-use log::warn;
-use tokio::time::{sleep, timeout};
+use log::{info, warn};
+use tokio::time::{Instant as TokioInstant, interval_at};
 
 use super::{Agent, AgentError};
 
-/// How many times, at most, within a deadline.
+/// How many times within a deadline, and how many may be without an answer.
 const TIMES: u32 = 4;
+/// Not earlier: a busy guest is nothing to be told of.
+const SOONEST: Duration = Duration::from_secs(1);
+
+/// Of all the calls of one session: the knocks that have no answer yet.
+pub(super) type Unanswered = Arc<AtomicU32>;
 
 impl Agent {
     /// Waits for the answer to `call` for as long as the deadline allows, and knocks meanwhile.
@@ -32,29 +40,32 @@ impl Agent {
             never = self.knock(call, &knocks) => match never {},
         };
         let (knocks, waited) = (knocks.into_inner(), began.elapsed());
-        if knocks > 0 && answered.is_ok() {
-            warn!("the agent answered {call} after {waited:.1?}, having been asked {knocks} times whether it is there");
+        if knocks > 0 {
+            let what = if answered.is_ok() { "answered" } else { "did not do" };
+            warn!("the agent {what} {call} in {waited:.1?}, asked {knocks} times whether it is there");
         }
         answered
     }
 
     async fn knock(&self, call: &'static str, knocks: &AtomicU32) -> Infallible {
-        let pause = self.deadline / (TIMES + 1);
+        let pause = (self.deadline / (TIMES + 1)).max(SOONEST);
+        let mut ticks = interval_at(TokioInstant::now() + pause, pause);
         loop {
-            sleep(pause).await;
+            ticks.tick().await;
+            if self.unanswered.fetch_add(1, Ordering::Relaxed) >= TIMES {
+                self.unanswered.fetch_sub(1, Ordering::Relaxed);
+                continue;
+            }
             knocks.fetch_add(1, Ordering::Relaxed);
-            let asked = Instant::now();
-            // Before `call` is: only an answer that was on its way overtakes this one.
-            let there = timeout(pause, self.info()).await;
-            warn!("the agent has not answered {call}; is it there? {}", told(&there, asked.elapsed()));
+            let (agent, asked) = (self.clone(), Instant::now());
+            // A task of its own: its answer tells something when the call's deadline has passed, too.
+            tokio::spawn(async move {
+                match agent.info().await {
+                    Ok(_) => info!("the agent is there, told in {:.1?}, while {call} waits", asked.elapsed()),
+                    Err(error) => warn!("the agent is not there while {call} waits: {error}"),
+                }
+                agent.unanswered.fetch_sub(1, Ordering::Relaxed);
+            });
         }
-    }
-}
-
-fn told<T, E>(there: &Result<Result<T, AgentError>, E>, took: Duration) -> String {
-    match there {
-        Ok(Ok(_)) => format!("yes, told in {took:.1?}"),
-        Ok(Err(error)) => format!("{error}"),
-        Err(_) => format!("nothing came for {took:.1?}"),
     }
 }

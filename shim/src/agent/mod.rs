@@ -62,6 +62,7 @@ pub use pump::{read_into, write_from};
 pub struct Agent {
     client: Arc<AgentClient>,
     deadline: Duration,
+    unanswered: knock::Unanswered,
 }
 
 impl Agent {
@@ -73,7 +74,7 @@ impl Agent {
         let number = u64::from(std::process::id()) << 32 ^ now_ns().unsigned_abs();
         session::open(&mut channel, number).await.map_err(AgentError::Session)?;
         let client = ttrpc::r#async::Client::new(Socket::new(channel));
-        let agent = Self { client: Arc::new(AgentClient::new(client)), deadline };
+        let agent = Self { client: Arc::new(AgentClient::new(client)), deadline, unanswered: Arc::default() };
         let info = agent.knocking("Info", agent.info()).await?;
         Ok((agent, info))
     }
@@ -164,7 +165,7 @@ impl Agent {
     /// See [`AgentError`].
     pub async fn adopt(&self, adoption: AdoptRequest, hooks: Duration) -> Result<CreateProcessResponse, AgentError> {
         let request = AdoptRequest { hooks_ms: milliseconds(hooks), ..adoption };
-        self.longer_by(hooks, "Adopt", ask_patiently!(self, "Adopt", adopt(request))).await
+        self.longer_by(hooks).knocking("Adopt", ask_patiently!(self, "Adopt", adopt(request))).await
     }
 
     /// Waits until the container's process is ready, at most for `patience`.
@@ -186,7 +187,11 @@ impl Agent {
             timeout_ms: milliseconds(patience),
             ..Default::default()
         };
-        self.longer_by(patience, "AwaitReady", ask_patiently!(self, "AwaitReady", await_ready(request))).await.map(drop)
+        // It waits for somebody else, and the agent may well have nothing to say.
+        self.longer_by(patience)
+            .within_deadline("AwaitReady", ask_patiently!(self, "AwaitReady", await_ready(request)))
+            .await
+            .map(drop)
     }
 
     /// Has a container stand still, after its hooks, and tells which files of its root it has open.
@@ -196,17 +201,12 @@ impl Agent {
     pub async fn freeze(&self, container: &str, hooks: Duration) -> Result<Vec<String>, AgentError> {
         let request =
             FreezeRequest { container_id: container.into(), hooks_ms: milliseconds(hooks), ..Default::default() };
-        let frozen = self.longer_by(hooks, "Freeze", ask_patiently!(self, "Freeze", freeze(request))).await?;
+        let frozen = self.longer_by(hooks).knocking("Freeze", ask_patiently!(self, "Freeze", freeze(request))).await?;
         Ok(frozen.open)
     }
 
-    async fn longer_by<T>(
-        &self,
-        patience: Duration,
-        call: &'static str,
-        answer: impl Future<Output = Result<T, AgentError>>,
-    ) -> Result<T, AgentError> {
-        Self { deadline: self.deadline + patience, ..self.clone() }.within_deadline(call, answer).await
+    fn longer_by(&self, patience: Duration) -> Self {
+        Self { deadline: self.deadline + patience, ..self.clone() }
     }
 
     /// Adds a process to a container.

@@ -1,5 +1,6 @@
 //! What lies in the queues of a guest's devices, for when it is silent: a request that its device has not taken and
-//! an answer that the guest has not are different troubles.
+//! an answer that the guest has not are different troubles. Only queues that QEMU serves itself: to tell of virtiofsd's it
+//! would have to stop them, and to wait for virtiofsd.
 
 use serde_json::{Value, json};
 
@@ -9,13 +10,15 @@ use super::qmp::Qmp;
 const MAX_QUEUES: u64 = 8;
 
 /// Device by device and queue by queue: how many buffers the guest has offered and how many came back, modulo 65536
-/// (virtio 1.2, 2.7), what QEMU knows of the first (it has no part in a queue of virtiofsd's), and at which of the second
-/// the guest wants an interrupt.
+/// (virtio 1.2, 2.7), how many of the first QEMU has taken, and at which of the second the guest wants an interrupt.
 pub async fn describe(qmp: &Qmp) -> String {
     let Ok(devices) = qmp.execute("x-query-virtio", Value::Null).await else { return String::new() };
     let mut told = Vec::new();
     for device in devices.as_array().into_iter().flatten() {
         let (Some(path), Some(name)) = (device["path"].as_str(), device["name"].as_str()) else { continue };
+        if name.starts_with("vhost") {
+            continue;
+        }
         for number in 0..MAX_QUEUES {
             let asked = json!({ "path": path, "queue": number });
             let Ok(queue) = qmp.execute("x-query-virtio-queue-status", asked).await else { break };
@@ -38,8 +41,8 @@ async fn one(qmp: &Qmp, name: &str, number: u64, queue: &Value) -> Option<String
         *into = word(qmp, address).await?;
     }
     let [flags, offered, event, returned] = read;
-    let taken = queue["last-avail-idx"].as_u64().map_or_else(String::new, |taken| format!(" taken {taken}"));
-    Some(format!("{name} {number}: offered {offered}{taken} returned {returned} wanted {event} flags {flags}"))
+    let taken = queue["last-avail-idx"].as_u64()?;
+    Some(format!("{name} {number}: offered {offered} taken {taken} returned {returned} wanted {event} flags {flags}"))
 }
 
 /// Two bytes of the guest's memory, by way of the monitor for people: the other has no word for it.
