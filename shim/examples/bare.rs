@@ -71,6 +71,7 @@ async fn run(began: Instant) -> Result<(), Box<dyn Error>> {
         share_socket,
         run_dir: dir.clone(),
         cgroups: Vec::new(),
+        network: None,
         rung: config.vmm.rung,
         snapshot_dir: None,
         deadline: config.deadlines.boot.duration(),

@@ -13,7 +13,7 @@ use std::{
 use seccompiler::BpfProgram;
 use tokio::process::Command;
 
-use crate::sys;
+use crate::sys::{self, Network};
 
 /// How long the end of one that was killed is waited for: the kernel may not let go of it (a device that does not answer).
 pub const KILLED: Duration = Duration::from_secs(10);
@@ -25,23 +25,24 @@ pub const KILLED: Duration = Duration::from_secs(10);
 /// # Errors
 /// Where a cgroup cannot be joined.
 pub fn command(program: impl AsRef<OsStr>, cgroups: &[PathBuf], keep: Vec<OwnedFd>) -> io::Result<Command> {
-    filtered(program, cgroups, keep, None)
+    confined(program, cgroups, keep, Network::Same, None)
 }
 
-/// The same under a seccomp filter.
+/// The same in a network namespace and under a seccomp filter.
 ///
 /// # Errors
 /// Where a cgroup cannot be joined.
-pub fn filtered(
+pub(crate) fn confined(
     program: impl AsRef<OsStr>,
     cgroups: &[PathBuf],
     keep: Vec<OwnedFd>,
+    network: Network,
     filter: Option<BpfProgram>,
 ) -> io::Result<Command> {
     let cgroups = cgroups.iter().map(|dir| open_procs(dir)).collect::<io::Result<Vec<_>>>()?;
     let mut command = Command::new(program);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-    sys::before_exec(&mut command, sys::BeforeExec { cgroups, keep, filter });
+    sys::before_exec(&mut command, sys::BeforeExec { cgroups, keep, network, filter });
     Ok(command)
 }
 

@@ -11,7 +11,7 @@ use nix::{
     errno::Errno,
     fcntl::{FcntlArg, FdFlag, fcntl},
     mount::MsFlags,
-    sched::{CloneFlags, setns},
+    sched::{CloneFlags, setns, unshare},
     sys::{prctl, signal::Signal},
     unistd,
 };
@@ -25,8 +25,21 @@ pub(crate) struct BeforeExec {
     pub cgroups: Vec<OwnedFd>,
     /// Descriptors the program gets, under their present numbers.
     pub keep: Vec<OwnedFd>,
+    /// Where it is on the network.
+    pub network: Network,
     /// Judges the program's system calls, and those of everything it starts.
     pub filter: Option<BpfProgram>,
+}
+
+/// A network namespace.
+#[derive(Debug)]
+pub(crate) enum Network {
+    /// The parent's.
+    Same,
+    /// One that nothing is in, not even a loopback that is up.
+    Own,
+    /// This one.
+    Of(OwnedFd),
 }
 
 /// Installs `before` in `command`. The child also gets a session of its own, so that a terminal's signals pass it
@@ -42,6 +55,11 @@ pub(crate) fn before_exec(command: &mut Command, before: BeforeExec) {
         unistd::setsid()?;
         for procs in &before.cgroups {
             unistd::write(procs, b"0")?;
+        }
+        match &before.network {
+            Network::Same => {}
+            Network::Own => unshare(CloneFlags::CLONE_NEWNET)?,
+            Network::Of(namespace) => setns(namespace, CloneFlags::CLONE_NEWNET)?,
         }
         close_others_on_exec();
         for fd in &before.keep {

@@ -71,6 +71,7 @@ pub(crate) fn spec(config: &Config, shape: Shape, dir: &Path, cgroups: &[PathBuf
         share_socket: dir.join(SHARE_SOCKET),
         run_dir: dir.into(),
         cgroups: cgroups.to_vec(),
+        network: None,
         rung: config.vmm.rung,
         snapshot_dir: None,
         deadline: config.deadlines.boot.duration(),

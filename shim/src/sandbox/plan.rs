@@ -9,7 +9,7 @@ use std::{
 };
 
 use chsnap_protocol::{NOTIFY_SOCKET, PUBLIC_MOUNT, PYTHON_DIR, SHARE_MOUNT};
-use oci_spec::runtime::{Mount, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use thiserror::Error;
 
 use super::features;
@@ -40,6 +40,12 @@ pub enum PlanError {
     /// A part that must be there.
     #[error("the OCI specification has no {0}")]
     Missing(&'static str),
+    /// It is not said what to run.
+    #[error(
+        "there is nothing to run (process.args): name a command after the container's id, or give its image one \
+         (chsnap image import --cmd)"
+    )]
+    NoProgram,
     /// It cannot be written for the guest.
     #[error("the OCI specification cannot be passed on")]
     Json(#[from] serde_json::Error),
@@ -88,8 +94,7 @@ pub struct Division {
 const POD_ANNOTATIONS: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID"];
 
 /// The pod that a specification says its container belongs to.
-#[must_use]
-pub fn pod_of(spec: &Spec) -> Option<&str> {
+pub(crate) fn pod_of(spec: &Spec) -> Option<&str> {
     let annotations = spec.annotations().as_ref()?;
     POD_ANNOTATIONS.iter().find_map(|name| annotations.get(*name)).map(String::as_str)
 }
@@ -113,6 +118,13 @@ impl Plan {
         pod_of(&self.spec).is_some()
     }
 
+    /// The network namespace that it is given.
+    #[must_use]
+    pub fn network(&self) -> Option<&Path> {
+        let mut all = self.spec.linux().as_ref()?.namespaces().iter().flatten();
+        all.find(|one| one.typ() == LinuxNamespaceType::Network)?.path().as_deref()
+    }
+
     /// Judges `spec` of `container`.
     ///
     /// # Errors
@@ -122,7 +134,7 @@ impl Plan {
         let readonly = spec.root().as_ref().ok_or(PlanError::Missing("root"))?.readonly().unwrap_or(false);
         let process = spec.process().as_ref().ok_or(PlanError::Missing("process"))?;
         if process.args().as_ref().is_none_or(Vec::is_empty) {
-            return Err(PlanError::Missing("process.args"));
+            return Err(PlanError::NoProgram);
         }
         let terminal = process.terminal().unwrap_or(false);
         let ignored = features::ignored(&spec);

@@ -155,7 +155,8 @@ impl Stage<'_> {
     ) -> Result<(Box<dyn Vm>, Virtiofsd, Met), StartError> {
         let (dir, cgroups) = (self.ground.dir.path(), self.ground.cgroup.dirs());
         let config = self.request.config;
-        let spec = machine::spec(config, self.request.shape, dir, cgroups);
+        let network = self.first.plan.network().map(std::path::Path::to_owned);
+        let spec = VmSpec { network, ..machine::spec(config, self.request.shape, dir, cgroups) };
         let (cache, socket) = (caching::mode(self.request, self.first), &spec.share_socket);
         let mut virtiofsd = Virtiofsd::spawn(&self.virtiofsd, cache, share.dir(), socket, cgroups)?;
         phases.mark("share");
@@ -233,6 +234,7 @@ impl Stage<'_> {
             mounts_json: root.division.staged_json().map_err(RootError::from)?,
             stdio: Some(first.stdio.clone()).into(),
             resources_json: first.plan.resources_json().map_err(RootError::from)?,
+            oom_score_adj: spec.process().as_ref().and_then(|process| process.oom_score_adj()),
             ..Default::default()
         };
         agent.adopt(adoption, config.deadlines.hooks.duration()).await.map_err(StartError::Adopt)

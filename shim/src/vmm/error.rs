@@ -19,6 +19,15 @@ pub enum BootError {
     /// The VMM may not be counted where the pod is.
     #[error("the VMM cannot join the pod's cgroup")]
     Cgroup(#[source] io::Error),
+    /// There is no such network namespace.
+    #[error("cannot enter the pod's network namespace {path:?}")]
+    Network {
+        /// Its path.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// The filter that hides CPU features.
     #[error("cannot make the filter that hides CPU features from the VMM")]
     Mask(#[source] seccompiler::BackendError),

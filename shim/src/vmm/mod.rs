@@ -92,6 +92,9 @@ pub struct VmSpec {
     pub run_dir: PathBuf,
     /// cgroup directories (one on v2, one per controller on v1) that the VMM process joins before exec.
     pub cgroups: Vec<PathBuf>,
+    /// The pod's network namespace, where it was given one. The VMM is in there, or in an empty one of its own: whoever
+    /// asks for the network namespace of the task's process, as `ctr run --cni` does, must not find the host's.
+    pub network: Option<PathBuf>,
     /// What the guest's CPUs do without.
     pub rung: Rung,
     /// The directory of a snapshot that will be taken, for a VMM that has to know before it confines itself.

@@ -5,6 +5,7 @@
 
 use std::{
     ffi::OsString,
+    fs::File,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     time::Duration,
@@ -14,7 +15,7 @@ use seccompiler::BpfProgram;
 use tokio::{io::AsyncRead, process::Child, sync::watch, time::timeout};
 
 use super::{BootError, ControlError, SnapshotError, VmExit};
-use crate::{child, ring::Ring};
+use crate::{child, ring::Ring, sys::Network};
 
 /// Kept of the guest's console: more than a kernel's last words, less than anybody minds per pod.
 const CONSOLE_BYTES: usize = 32 << 10;
@@ -38,6 +39,8 @@ pub struct Launch<'a> {
     pub fds: Vec<OwnedFd>,
     /// cgroup directories it joins before exec.
     pub cgroups: &'a [PathBuf],
+    /// The network namespace it is in; without one, an empty one of its own.
+    pub network: Option<&'a Path>,
     /// Judges its system calls.
     pub filter: Option<BpfProgram>,
 }
@@ -176,8 +179,15 @@ impl Process {
 }
 
 fn spawn(launch: Launch<'_>) -> Result<Child, BootError> {
-    let Launch { program, args, fds, cgroups, filter } = launch;
-    let mut command = child::filtered(program, cgroups, fds, filter).map_err(BootError::Cgroup)?;
+    let Launch { program, args, fds, cgroups, network, filter } = launch;
+    let network = match network {
+        None => Network::Own,
+        Some(path) => {
+            let opened = File::open(path).map_err(|source| BootError::Network { path: path.into(), source })?;
+            Network::Of(opened.into())
+        }
+    };
+    let mut command = child::confined(program, cgroups, fds, network, filter).map_err(BootError::Cgroup)?;
     command.args(args).current_dir("/").env_clear();
     for name in ENVIRONMENT {
         command.envs(std::env::var_os(name).map(|value| (name, value)));
@@ -218,7 +228,8 @@ mod tests {
 
     /// bash, since a plain sh knows descriptors of one digit only.
     fn shell<'a>(script: &str, fds: Vec<OwnedFd>, cgroups: &'a [PathBuf]) -> Launch<'a> {
-        Launch { program: Path::new("/bin/bash"), args: vec!["-c".into(), script.into()], fds, cgroups, filter: None }
+        let args = vec!["-c".into(), script.into()];
+        Launch { program: Path::new("/bin/bash"), args, fds, cgroups, network: None, filter: None }
     }
 
     #[tokio::test]
@@ -279,7 +290,7 @@ mod tests {
     #[tokio::test]
     async fn a_missing_program_and_a_missing_cgroup_are_told_apart() {
         let program = Path::new("/nonexistent/vmm");
-        let launch = Launch { program, args: vec![], fds: vec![], cgroups: &[], filter: None };
+        let launch = Launch { program, args: vec![], fds: vec![], cgroups: &[], network: None, filter: None };
         let error = Process::start(launch, Leash::new(), |_| async { false }).unwrap_err();
         assert!(matches!(error, BootError::Spawn { .. }), "{error}");
         let cgroups = [PathBuf::from("/nonexistent/cgroup")];

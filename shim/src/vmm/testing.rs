@@ -99,6 +99,7 @@ impl Bench {
             share_socket: at("share.sock"),
             run_dir: at("run"),
             cgroups: vec![],
+            network: None,
             rung: Rung::Standard,
             snapshot_dir: None,
             deadline: *BOOT,

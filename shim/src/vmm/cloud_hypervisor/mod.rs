@@ -147,8 +147,14 @@ impl CloudHypervisor {
         }
         // A restored machine's mask by an option is in its configuration; that by the filter has to be put on again.
         let filter = if own { None } else { mask::filter(rung).map_err(BootError::Mask)? };
-        let launch =
-            Launch { program: &self.program, args, fds: vec![api_fd, events_fd], cgroups: &spec.cgroups, filter };
+        let launch = Launch {
+            program: &self.program,
+            args,
+            fds: vec![api_fd, events_fd],
+            cgroups: &spec.cgroups,
+            network: spec.network.as_deref(),
+            filter,
+        };
         let leash = Leash::new();
         let listener = tokio::spawn(events::listen(events, leash.clone()));
         // It ends by itself, and well, only after the guest powered off; it may not get to telling that.

@@ -31,6 +31,7 @@ pub fn spec() -> VmSpec {
         share_socket: "/run/pod/share.sock".into(),
         run_dir: "/run/pod".into(),
         cgroups: vec![],
+        network: None,
         rung: Rung::Standard,
         snapshot_dir: None,
         deadline: Duration::from_secs(30),
@@ -243,7 +244,8 @@ async fn the_real_program_takes_the_machine_as_described() {
     let (Some(driver), Some(bench)) = (program(), Bench::new("sleep 1000").await) else { return };
     let (api, api_fd) = api_socket(&bench.spec.run_dir.join("api.sock"), bench.spec.deadline).unwrap();
     let args = vec!["--api-socket".into(), format!("fd={}", child::fd_number(&api_fd)).into()];
-    let launch = Launch { program: &driver.program, args, fds: vec![api_fd], cgroups: &[], filter: None };
+    let launch =
+        Launch { program: &driver.program, args, fds: vec![api_fd], cgroups: &[], network: None, filter: None };
     let process = Process::start(launch, Leash::new(), |_| async { false }).unwrap();
     let vsock = bench.spec.run_dir.join(VSOCK);
     if let Err(StartError::Control(error)) = driver.start(&api, &bench.spec, &vsock, Order::Boot).await {

@@ -164,6 +164,7 @@ mod tests {
             share_socket: "/run/a,b/share.sock".into(),
             run_dir: "/run/chsnap/k8s.io/pod,1".into(),
             cgroups: vec![],
+            network: None,
             rung: Rung::Standard,
             snapshot_dir: None,
             deadline: std::time::Duration::from_secs(30),

@@ -93,6 +93,7 @@ impl Qemu {
             args: args::args(spec, Arch::HOST, self.accelerator, &host, fds, from.is_some()),
             fds: vec![agent_fd, control_fd],
             cgroups: &spec.cgroups,
+            network: spec.network.as_deref(),
             filter: None,
         };
         let (qmp, listener) = Qmp::start(control, spec.deadline);
