@@ -59,7 +59,8 @@ impl Containers {
         check_id(id)?;
         let _claim = Claim::new(self, id)?;
         let mut spec: Spec = serde_json::from_slice(spec).map_err(PlanError::Json)?;
-        if !has_own(&spec, "uts") && self.named.swap(true, Ordering::Relaxed) {
+        let names = !has_own(&spec, "uts");
+        if names && self.named.load(Ordering::Relaxed) {
             // The pod has a name, perhaps another by now than its first container gave it.
             spec.hostname.clear();
             spec.domainname.clear();
@@ -68,6 +69,7 @@ impl Containers {
         let init = Arc::new(Process::new(cgroup.clone()));
         match self.launch_init(&spec, wanted, &cgroup, &init).await {
             Ok(streams) => {
+                self.named.fetch_or(names, Ordering::Relaxed);
                 let container = Container {
                     id: id.to_owned(),
                     cgroup,

@@ -11,6 +11,7 @@ use super::{
     CgroupError, Container, ContainerError, Containers, check_id,
     exec::running,
     plan::{self, PlanError},
+    set_oom_score,
     spec::{Linux, Mount, Resources},
 };
 use crate::{
@@ -27,6 +28,8 @@ pub struct Adoption<'a> {
     pub mounts_json: &'a [u8],
     /// OCI resources as JSON; may be empty.
     pub resources_json: &'a [u8],
+    /// As in the OCI specification of a process.
+    pub oom_score: Option<i32>,
 }
 
 impl Containers {
@@ -60,6 +63,9 @@ impl Containers {
         if !adoption.resources_json.is_empty() {
             let resources: Resources = serde_json::from_slice(adoption.resources_json).map_err(PlanError::Json)?;
             old.cgroup.limit(&resources)?;
+        }
+        for pid in old.cgroup.processes()? {
+            set_oom_score(pid.cast_signed(), adoption.oom_score)?;
         }
         let child = running(&old)?;
         let Adoption { hostname, domainname, .. } = adoption;

@@ -166,6 +166,7 @@ impl Freezer {
             domainname: &request.domainname,
             mounts_json: &request.mounts_json,
             resources_json: &request.resources_json,
+            oom_score: request.oom_score_adj,
         };
         let container = containers.adopt(&request.from, id, adoption).await?;
         if !self.hooks.is_empty() {

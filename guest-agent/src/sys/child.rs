@@ -103,8 +103,27 @@ pub(super) fn run(mut context: Context<'_>) -> ! {
     }
     let Some(program) = &plan.program else { exit(0) };
     let errno = exec(program, &context);
-    report(context.report, Report::Failed { step: plan.ops.len(), errno });
+    unfit(&context, errno)
+}
+
+/// The program does not run.
+fn unfit(context: &Context<'_>, errno: c_int) -> ! {
+    report(context.report, Report::Failed { step: context.plan.ops.len(), errno });
     exit(if errno == libc::ENOENT { 127 } else { 126 })
+}
+
+/// Whether one of the program's candidates may be run by who this is, as far as can be told without running it.
+fn there(program: &Program) -> Step {
+    let mut verdict = libc::ENOENT;
+    for path in &program.candidates {
+        // SAFETY: the strings end with NUL and live in the plan.
+        match check(unsafe { libc::access(path.as_ptr(), libc::X_OK) }) {
+            Ok(_) => return Ok(()),
+            Err(libc::EACCES) => verdict = libc::EACCES,
+            Err(_) => {}
+        }
+    }
+    Err(verdict)
 }
 
 fn exit(code: c_int) -> ! {
@@ -250,6 +269,10 @@ fn carry_out(op: &Op, context: &mut Context<'_>) -> Step {
             Op::Capabilities(sets) => return set_capabilities(sets),
             Op::NoNewPrivileges => check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?,
             Op::Park { start } => {
+                // What cannot run is told while the container can still be refused as a whole.
+                if let Some(Err(errno)) = context.plan.program.as_ref().map(there) {
+                    unfit(context, errno);
+                }
                 report(context.report, Report::Ready { terminal: context.terminal });
                 let mut go = 0u8;
                 // End of file: nobody will start this process any more.

@@ -6,6 +6,7 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     sys::{
         statfs::{CGROUP2_SUPER_MAGIC, statfs},
         utsname::uname,
@@ -129,6 +130,10 @@ pub(super) fn state(dir: &Path) -> Check {
     }
     match access(&there, AccessFlags::W_OK | AccessFlags::X_OK) {
         Ok(()) => Check::ok(name, dir.display().to_string()),
+        // Containers run as root, who may.
+        Err(Errno::EACCES) if !Uid::effective().is_root() => {
+            Check::warn(name, dir.display().to_string(), "run this as root, who alone can tell whether it is usable")
+        }
         Err(error) => Check::missing(name, format!("{}: {}", there.display(), error.desc()), mend),
     }
 }

@@ -111,6 +111,8 @@ impl Blueprint {
         if !own_env.iter().any(|variable| variable.starts_with("HOSTNAME=")) {
             own_env.push(format!("HOSTNAME={HOSTNAME}"));
         }
+        // Each client writes its own, and all are understood alike.
+        spec.set_version("1.0.0".into());
         spec.set_mounts(Some(plan.guest_mounts().cloned().collect()));
         spec.set_hostname(Some(HOSTNAME.into())).set_domainname(None).set_annotations(None).set_hooks(None);
         if let Some(root) = spec.root_mut() {
@@ -118,6 +120,8 @@ impl Blueprint {
         }
         if let Some(process) = spec.process_mut() {
             process.set_env(Some(common)).set_apparmor_profile(None).set_selinux_label(None);
+            // Kubernetes makes it of the node's memory. It is set when the process is adopted.
+            process.set_oom_score_adj(None);
         }
         if let Some(linux) = spec.linux_mut() {
             linux.set_cgroups_path(None).set_seccomp(None).set_mount_label(None);

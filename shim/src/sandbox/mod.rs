@@ -33,7 +33,7 @@ pub(crate) use homes::add_root;
 pub(crate) use machine::settled;
 use machine::watch_over;
 pub use phases::Phases;
-pub use plan::pod_of;
+pub(crate) use plan::pod_of;
 pub use plan::{Division, Plan, PlanError};
 pub(crate) use start::TEMPLATE;
 pub use ways::Wanting;

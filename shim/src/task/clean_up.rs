@@ -32,6 +32,21 @@ const ANSWER: Duration = Duration::from_secs(2);
 /// For the kernel to take a killed shim apart.
 const DYING: Duration = Duration::from_secs(2);
 
+/// In the bundle, where runc's shim has it, too: the pid that was told of the container.
+const PID_FILE: &str = "init.pid";
+
+/// For [`told_pid`], should this process be killed.
+pub(super) fn note_pid(bundle: &str, pid: u32) {
+    if let Err(error) = fs::write(Path::new(bundle).join(PID_FILE), pid.to_string()) {
+        log::warn!("should the shim be killed, the container's end will be told without its pid: {error}");
+    }
+}
+
+/// What was told of the container in this bundle; 0 where nothing was.
+pub(super) fn told_pid(bundle: &Path) -> u32 {
+    fs::read_to_string(bundle.join(PID_FILE)).ok().and_then(|pid| pid.trim().parse().ok()).unwrap_or_default()
+}
+
 /// Removes what is left of the container `id`, unless its pod's shim lives: that cleans up after itself.
 pub(super) async fn clean_up(bundle: &Path, id: &str) {
     let address = fs::read_to_string(bundle.join("address")).unwrap_or_default();

@@ -11,7 +11,9 @@ use oci_spec::runtime::{LinuxResources, Spec};
 use tokio::sync::Mutex;
 
 use super::{
-    Container, Service, TaskError, chain, options,
+    Container, Service, TaskError, chain,
+    clean_up::note_pid,
+    options,
     pause::{self, Pod},
     process::Process,
     stdio::{Local, Paths},
@@ -30,6 +32,7 @@ pub(super) const DIR_FILE: &str = "chsnap.dir";
 
 impl Service {
     pub(super) async fn create_container(&self, request: CreateTaskRequest) -> Result<Arc<Container>, TaskError> {
+        let _creating = Arc::clone(&self.creating);
         let mut phases = Phases::start();
         let mut created = created(&request);
         usable_id(&request.id)?;
@@ -111,6 +114,7 @@ impl Service {
         let init = &container.init;
         // From the next line on, an end may be told.
         created.pid = init.pid();
+        note_pid(&created.bundle, created.pid);
         if starts {
             created.checkpoint = restored_from(sandbox.started());
         }

@@ -29,6 +29,7 @@ mod stdio;
 
 pub use error::{TaskError, chain};
 pub use events::Events;
+pub use pause::{Role, role};
 pub use process::{Exit, Life, Process};
 pub use service::Api;
 
@@ -70,6 +71,8 @@ pub struct Service {
     pod: Mutex<Option<Pod>>,
     watchers: Watchers,
     callers: Callers,
+    /// Whoever creates a container has a clone.
+    creating: Arc<()>,
     /// containerd asked for everything in the log, whatever the configuration says.
     debug: bool,
 }
@@ -112,6 +115,7 @@ impl Service {
             pod: Mutex::default(),
             watchers: Watchers::default(),
             callers: Callers::default(),
+            creating: Arc::default(),
             debug,
         }
     }
@@ -125,7 +129,9 @@ impl Service {
     /// Nothing is there, and nothing is on its way.
     fn is_unused(&self) -> bool {
         let machine = self.sandbox.try_lock().map_or(true, |sandbox| sandbox.is_some());
-        !machine && self.containers.try_lock().is_ok_and(|containers| containers.is_empty())
+        !machine
+            && Arc::strong_count(&self.creating) == 1
+            && self.containers.try_lock().is_ok_and(|containers| containers.is_empty())
     }
 
     async fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {

@@ -15,6 +15,7 @@ use tokio::sync::Mutex;
 
 use super::{
     Container, Exit, Life, Process, Service, TaskError,
+    clean_up::note_pid,
     run::{ends_by_default, tell_exit},
     stdio::{Local, Paths},
 };
@@ -28,6 +29,15 @@ const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 
+/// What a container is in its pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// It holds the pod.
+    Sandbox,
+    /// It runs in it.
+    Container,
+}
+
 /// What a pod has as a whole.
 #[derive(Debug, Clone)]
 pub(super) struct Pod {
@@ -39,9 +49,16 @@ pub(super) struct Pod {
     pub limits: Option<LinuxResources>,
 }
 
+/// What these annotations say a container is in its pod, where somebody says so.
+#[must_use]
+pub fn role(annotations: &HashMap<String, String>) -> Option<Role> {
+    let value = TYPES.iter().find_map(|name| annotations.get(*name))?;
+    Some(if value == SANDBOX { Role::Sandbox } else { Role::Container })
+}
+
 /// Whether these annotations are a sandbox container's.
 pub(super) fn is_pause(annotations: &HashMap<String, String>) -> bool {
-    TYPES.iter().any(|name| annotations.get(*name).is_some_and(|value| value == SANDBOX))
+    role(annotations) == Some(Role::Sandbox)
 }
 
 /// Those of the whole pod.
@@ -82,6 +99,7 @@ impl Service {
         containers.insert(id, Arc::clone(&container));
         drop(containers);
         created.pid = pid;
+        note_pid(&created.bundle, pid);
         self.events.publish(created).await;
         Ok(container)
     }

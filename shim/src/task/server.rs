@@ -31,7 +31,11 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
-use super::{Api, Events, Exit, Service, clean_up::clean_up, info::runtime_info};
+use super::{
+    Api, Events, Exit, Service,
+    clean_up::{clean_up, told_pid},
+    info::runtime_info,
+};
 use crate::{sandbox, sys};
 
 /// The runtime's name at containerd.
@@ -99,6 +103,7 @@ impl Shim for Actions {
         clean_up(&self.bundle, &self.id).await;
         let exit = Exit::now(137);
         let mut answer = DeleteResponse::new();
+        answer.pid = told_pid(&self.bundle);
         answer.exit_status = exit.status;
         answer.exited_at = Some(exit.at).into();
         Ok(answer)

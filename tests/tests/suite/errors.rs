@@ -10,9 +10,9 @@ use crate::{
     errors_asked::{
         bind_socket, bind_source_stuck, capability_unknown, cgroup_file_unknown, checkpoint, config_body, disk_limits,
         foreign_mount_namespace, foreign_pid_namespace, host_cpus, host_device, host_ipc, host_network, host_pid,
-        host_uts, id_too_long, intel_rdt, loop_root, mapped_mount, mount_option, mount_type, no_oom_killer, oci_hooks,
-        other_clock, pause, personality, propagation, rlimit_unknown, root_mount_fails, scheduling, sysctl_unknown,
-        time_namespace, too_many_layers, user_namespace,
+        host_uts, id_too_long, intel_rdt, loop_root, mapped_mount, mount_option, mount_type, network_missing,
+        no_oom_killer, no_program, oci_hooks, other_clock, pause, personality, propagation, rlimit_unknown,
+        root_mount_fails, scheduling, sysctl_unknown, time_namespace, too_many_layers, user_namespace,
     },
     errors_host::{
         agent_missing, agent_of_another_release, annotation_of_pod, cgroup_refused, cloud_hypervisor_wanted,
@@ -26,7 +26,7 @@ crate::errors! {
     config_missing, config_directory, config_relative, config_syntax, config_unknown_key, config_unknown_table,
     config_body, config_bad_value, config_out_of_range, config_relative_value, annotation_unknown, annotation_value, annotation_of_pod, memory_of_pod, files_later,
     snapshot_required, vcpus_too_many, memory_too_large, limit_too_large,
-    host_network, host_pid, host_ipc, host_uts, host_device, foreign_pid_namespace, foreign_mount_namespace, user_namespace, oci_hooks,
+    host_network, host_pid, host_ipc, host_uts, network_missing, no_program, host_device, foreign_pid_namespace, foreign_mount_namespace, user_namespace, oci_hooks,
     intel_rdt, other_clock, personality, scheduling, host_cpus, disk_limits, no_oom_killer, propagation, mapped_mount, mount_option, bind_socket,
     time_namespace, capability_unknown, rlimit_unknown, sysctl_unknown, cgroup_file_unknown, loop_root, root_mount_fails, too_many_layers,
     checkpoint, pause, mount_type,

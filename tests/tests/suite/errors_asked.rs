@@ -22,6 +22,14 @@ pub fn host_device(env: &Env) -> Result<String> {
     refused(env.container().flags(["--device", "/dev/null"]))
 }
 
+pub fn network_missing(env: &Env) -> Result<String> {
+    refused(env.container().flags(["--with-ns", "network:/run/netns/no-such"]))
+}
+
+pub fn no_program(env: &Env) -> Result<String> {
+    specified(env, |spec| spec["process"]["args"] = json!([]))
+}
+
 pub fn foreign_pid_namespace(env: &Env) -> Result<String> {
     refused(env.container().flags(["--with-ns", "pid:/proc/1/ns/pid"]))
 }

@@ -2,7 +2,7 @@
 
 use std::{fs, time::Duration};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use chsnap_tests::{Containerd, Env, IMAGE, Tools, Version, Vmm, eventually, http, kill};
 use nix::sys::signal::Signal;
 
@@ -123,9 +123,11 @@ pub fn shim_killed(env: &Env) -> Result<String> {
     let mut events = follow(env, &container.id)?;
     let started = container.start()?;
     started.wait_log("up")?;
+    let pid = env.process(env.vmm_name())?.pid;
     kill(env.process("containerd-shim-chsnap")?.pid, Signal::SIGKILL)?;
     let exits: Vec<Event> = events("/tasks/exit")?.into_iter().filter(|e| e.topic == "/tasks/exit").collect();
-    ensure!(exits.len() == 1 && exits[0].content["exit_status"] == 137, "{exits:?}");
+    let exit = exits.first().context("its end is not told")?;
+    ensure!(exits.len() == 1 && exit.content["exit_status"] == 137 && exit.content["pid"] == pid, "{exits:?}");
     let unlisted = eventually(Duration::from_secs(10), || env.ctr().status(&started.id).ok()?.is_none().then_some(()));
     ensure!(unlisted.is_some(), "`ctr task ls` still shows it");
     let message = failed(env.ctr().output(["task", "kill", &started.id])?, AT_ONCE)?;

@@ -1,12 +1,14 @@
 //! From `ctr run` to `ctr task rm`.
 
+use std::fs;
+
 use anyhow::{Context, Result, bail, ensure};
-use chsnap_tests::{Env, IMAGE, Started, Version};
+use chsnap_tests::{Env, IMAGE, Run, Started, Version};
 use serde_json::{Value, json};
 
 crate::cases! {
     Everywhere: foreground, missing_program, detached, created_then_started, same_name, user;
-    Vms: shape;
+    Vms: shape, network;
 }
 
 /// What a process sees of itself.
@@ -49,7 +51,43 @@ fn missing_program(env: &Env) -> Result<()> {
     // A file that is there and is no program.
     let output = env.container().command(["/etc/passwd"]).output()?;
     ensure!(output.code != 0 && output.stderr.to_lowercase().contains("permission denied"), "{}", output.whole());
+    // Nobody waits for one that is detached, nor takes down what would be left of it.
+    let detached = env.container().command(["/no/such/program"]);
+    let id = detached.id.clone();
+    let output = detached.ctr(&["run"], &["-d"], None)?.output()?;
+    ensure!(output.code != 0 && output.stderr.contains("/no/such/program"), "{}", output.whole());
+    ensure!(env.ctr().status(&id)?.is_none(), "there is a task, and nothing that runs");
+    ensure!(env.processes(env.vmm_name()).is_empty(), "{:?}", env.processes(env.vmm_name()));
+    env.ctr().text(["container", "rm", &id])?;
     Ok(())
+}
+
+/// Whoever enters the network namespace of the task's process, as a CNI plugin does, must not find the host's.
+fn network(env: &Env) -> Result<()> {
+    let host = fs::read_link("/proc/self/ns/net")?;
+    let of = |started: &Started<'_>| -> Result<std::path::PathBuf> {
+        let tasks = env.ctr().text(["task", "ls"])?;
+        let row = tasks.lines().find(|row| row.split_whitespace().next() == Some(&started.id)).context("no task")?;
+        let pid = row.split_whitespace().nth(1).context("no pid")?;
+        Ok(fs::read_link(format!("/proc/{pid}/ns/net"))?)
+    };
+    let alone = env.container().sh("echo up; sleep 1000").start()?;
+    ensure!(of(&alone)? != host, "the task's process is in the host's network namespace");
+    alone.remove()?;
+    let file = env.dir.join("network");
+    fs::write(&file, "")?;
+    let namespace = file.display().to_string();
+    Run::new("unshare").args([&format!("--net={namespace}"), "true"]).output()?.success()?;
+    let given = (|| {
+        let flags = ["--with-ns".to_owned(), format!("network:{namespace}")];
+        let given = env.container().flags(flags).sh("echo up; sleep 1000").start()?;
+        let named = [&format!("--net={namespace}"), "readlink", "/proc/self/ns/net"];
+        let (inside, named) = (of(&given)?, Run::new("nsenter").args(named).text()?);
+        ensure!(inside.display().to_string() == named.trim(), "it is in {} and not in {named}", inside.display());
+        given.remove()
+    })();
+    Run::new("umount").arg(&file).output()?.success()?;
+    given
 }
 
 fn detached(env: &Env) -> Result<()> {

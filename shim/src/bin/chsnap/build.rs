@@ -9,8 +9,7 @@ use std::{
 
 use chsnap::{
     config::{Annotations, Config, Overrides, Ready, Shape, Size},
-    sandbox::pod_of,
-    task::chain,
+    task::{Role, chain, role},
     template::{self, Ahead, Built, Order, StandIn},
 };
 use oci_spec::runtime::Spec;
@@ -55,7 +54,7 @@ pub struct Build {
     /// Memory of the guest, such as 1GiB [default: guest.default_memory, with --like that of a pod of this container alone]
     #[arg(long, value_name = "SIZE")]
     memory: Option<Size>,
-    /// vCPUs of the guest [default: guest.default_vcpus]
+    /// vCPUs of the guest [default: guest.default_vcpus, with --like as for its memory]
     #[arg(long, value_name = "N")]
     vcpus: Option<u32>,
     #[command(flatten)]
@@ -83,8 +82,18 @@ fn read(path: &Path) -> Result<Spec, Box<dyn Error>> {
 /// As large as the shim makes such a pod's guest.
 fn shape(config: &Config, overrides: &Overrides, like: Option<&Spec>) -> Result<Shape, Box<dyn Error>> {
     let limits = like.and_then(|spec| spec.linux().as_ref()?.resources().as_ref());
-    let shape_of = if like.and_then(pod_of).is_some() { Shape::of_pod } else { Shape::of };
-    Ok(shape_of(config, overrides, limits)?)
+    let annotations = like.and_then(|spec| spec.annotations().as_ref());
+    Ok(match annotations.and_then(role) {
+        None => Shape::of(config, overrides, limits)?,
+        Some(Role::Container) => Shape::of_pod(config, overrides, limits)?,
+        Some(Role::Sandbox) => {
+            return Err(
+                "--like names the specification of a pod's sandbox container: that of its application is told by \
+                        `crictl inspect`, not inspectp"
+                    .into(),
+            );
+        }
+    })
 }
 
 /// In the foreground: progress on stderr, the key on stdout.
