@@ -56,9 +56,9 @@ async fn a_program_that_cannot_run_says_why() {
         ("/bin/plain", Code::PERMISSION_DENIED, "exec \"/bin/plain\": Permission denied (os error 13)"),
         ("/etc", Code::PERMISSION_DENIED, "exec \"/etc\": Permission denied (os error 13)"),
     ] {
-        agent.create("c", &Spec::new(&agent.root(), &[name])).await.unwrap();
-        assert_eq!(refusal(agent.start_process("c", "").await), (code, text.into()));
-        agent.delete("c").await.unwrap();
+        // Before anybody waits for it; and nothing of it is there.
+        assert_eq!(refusal(agent.create("c", &Spec::new(&agent.root(), &[name])).await), (code, text.into()));
+        assert_eq!(refusal(agent.delete("c").await).0, Code::NOT_FOUND);
     }
 }
 

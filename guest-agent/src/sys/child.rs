@@ -116,8 +116,12 @@ fn unfit(context: &Context<'_>, errno: c_int) -> ! {
 fn there(program: &Program) -> Step {
     let mut verdict = libc::ENOENT;
     for path in &program.candidates {
-        // SAFETY: the strings end with NUL and live in the plan.
-        match check(unsafe { libc::access(path.as_ptr(), libc::X_OK) }) {
+        // SAFETY: the strings end with NUL and live in the plan; zeros are a `stat`.
+        let mut found: libc::stat = unsafe { std::mem::zeroed() };
+        let may = check(unsafe { libc::access(path.as_ptr(), libc::X_OK) });
+        match may.and_then(|_| check(unsafe { libc::stat(path.as_ptr(), &raw mut found) })) {
+            // A directory may be "run", too, and is refused as execve(2) would.
+            Ok(_) if found.st_mode & libc::S_IFMT == libc::S_IFDIR => verdict = libc::EACCES,
             Ok(_) => return Ok(()),
             Err(libc::EACCES) => verdict = libc::EACCES,
             Err(_) => {}

@@ -63,18 +63,18 @@ macro_rules! cases {
     };
 }
 
-/// Makes the list of errors.
+/// Makes the list of errors, with the scope they are provoked in.
 #[macro_export]
 macro_rules! errors {
-    ($($name:ident),* $(,)?) => {
+    ($($scope:ident: $($name:ident),* $(,)?;)*) => {
         /// One case for each row of the table.
-        pub const CASES: &[$crate::cases::Case] = &[$(
+        pub const CASES: &[$crate::cases::Case] = &[$($(
             $crate::cases::Case {
                 name: stringify!($name),
-                scope: $crate::cases::Scope::Once,
+                scope: $crate::cases::Scope::$scope,
                 body: $crate::cases::Body::Fails($name),
             },
-        )*];
+        )*)*];
     };
 }
 

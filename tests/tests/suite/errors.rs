@@ -8,11 +8,12 @@ use nix::sys::signal::Signal;
 
 use crate::{
     errors_asked::{
-        bind_socket, bind_source_stuck, capability_unknown, cgroup_file_unknown, checkpoint, config_body, disk_limits,
-        foreign_mount_namespace, foreign_pid_namespace, host_cpus, host_device, host_ipc, host_network, host_pid,
-        host_uts, id_too_long, intel_rdt, loop_root, mapped_mount, mount_option, mount_type, network_missing,
-        no_oom_killer, no_program, oci_hooks, other_clock, pause, personality, propagation, rlimit_unknown,
-        root_mount_fails, scheduling, sysctl_unknown, time_namespace, too_many_layers, user_namespace,
+        bind_socket, bind_source_missing, bind_source_stuck, bind_wrong_kind, capability_unknown, cgroup_file_unknown,
+        cgroup_path, checkpoint, config_body, disk_limits, exec_cwd, foreign_mount_namespace, foreign_pid_namespace,
+        host_cpus, host_device, host_ipc, host_network, host_pid, host_uts, id_too_long, intel_rdt, loop_root,
+        mapped_mount, mount_option, mount_type, network_missing, no_oom_killer, no_program, oci_hooks, other_clock,
+        pause, personality, propagation, rlimit_unknown, root_mount_fails, scheduling, sysctl_unknown, time_namespace,
+        too_many_layers, user_namespace, vmm_without_kvm,
     },
     errors_host::{
         agent_missing, agent_of_another_release, annotation_of_pod, cgroup_refused, cloud_hypervisor_wanted,
@@ -23,19 +24,24 @@ use crate::{
 };
 
 crate::errors! {
-    config_missing, config_directory, config_relative, config_syntax, config_unknown_key, config_unknown_table,
-    config_body, config_bad_value, config_out_of_range, config_relative_value, annotation_unknown, annotation_value, annotation_of_pod, memory_of_pod, files_later,
-    snapshot_required, vcpus_too_many, memory_too_large, limit_too_large,
-    host_network, host_pid, host_ipc, host_uts, network_missing, no_program, host_device, foreign_pid_namespace, foreign_mount_namespace, user_namespace, oci_hooks,
-    intel_rdt, other_clock, personality, scheduling, host_cpus, disk_limits, no_oom_killer, propagation, mapped_mount, mount_option, bind_socket,
-    time_namespace, capability_unknown, rlimit_unknown, sysctl_unknown, cgroup_file_unknown, loop_root, root_mount_fails, too_many_layers,
-    checkpoint, pause, mount_type,
-    log_binary, bind_source_missing, bind_source_stuck, cgroup_path, cgroup_refused, state_dir_unusable, state_dir_full, id_too_long, pod_exists, pod_without_shim, port_busy, kvm_wanted, cloud_hypervisor_wanted,
-    vmm_missing, vmm_false, vmm_old, vmm_hangs, vmm_gives_up, vmm_says_nothing, virtiofsd_missing, virtiofsd_false, virtiofsd_old, virtiofsd_of_qemu, virtiofsd_ends,
-    kernel_missing, kernel_wrong, initramfs_missing, initramfs_wrong, init_fails, guest_panics, guest_hangs, agent_missing, agent_of_another_release,
-    vmm_killed_in_boot, virtiofsd_killed_in_boot, shim_killed_in_boot,
-    guest_crashes, vmm_killed, virtiofsd_killed, shim_killed, agent_silent,
-    program_missing, exec_missing, exec_stopped, exec_twice, kill_finished,
+    // containerd has a part in what is said of these, or words it.
+    Vms: pause, log_binary, pod_without_shim, shim_killed_in_boot, shim_killed, kill_finished;
+    Once:
+        config_missing, config_directory, config_relative, config_syntax, config_unknown_key, config_unknown_table,
+        config_body, config_bad_value, config_out_of_range, config_relative_value, annotation_unknown,
+        annotation_value, annotation_of_pod, memory_of_pod, files_later, snapshot_required, vcpus_too_many,
+        memory_too_large, limit_too_large, host_network, host_pid, host_ipc, host_uts, network_missing, no_program,
+        host_device, foreign_pid_namespace, foreign_mount_namespace, user_namespace, oci_hooks, intel_rdt, other_clock,
+        personality, scheduling, host_cpus, disk_limits, no_oom_killer, propagation, mapped_mount, mount_option,
+        bind_socket, time_namespace, capability_unknown, rlimit_unknown, sysctl_unknown, cgroup_file_unknown,
+        loop_root, root_mount_fails, too_many_layers, checkpoint, mount_type, bind_source_missing, bind_source_stuck,
+        bind_wrong_kind, vmm_without_kvm, exec_cwd, cgroup_path, cgroup_refused, state_dir_unusable, state_dir_full,
+        id_too_long, pod_exists, port_busy, kvm_wanted, cloud_hypervisor_wanted, vmm_missing, vmm_false, vmm_old,
+        vmm_hangs, vmm_gives_up, vmm_says_nothing, virtiofsd_missing, virtiofsd_false, virtiofsd_old,
+        virtiofsd_of_qemu, virtiofsd_ends, kernel_missing, kernel_wrong, initramfs_missing, initramfs_wrong,
+        init_fails, guest_panics, guest_hangs, agent_missing, agent_of_another_release, vmm_killed_in_boot,
+        virtiofsd_killed_in_boot, guest_crashes, vmm_killed, virtiofsd_killed, agent_silent, program_missing,
+        exec_missing, exec_stopped, exec_twice;
 }
 
 /// Compares a message with its row.
@@ -150,14 +156,6 @@ fn log_binary(env: &Env) -> Result<String> {
         env.ctr().text(["container", "rm", id])?;
     }
     Ok(message)
-}
-
-fn bind_source_missing(env: &Env) -> Result<String> {
-    refused(env.container().flags(["--mount", "type=bind,src=/no/such/source,dst=/mnt,options=rbind:ro"]))
-}
-
-fn cgroup_path(env: &Env) -> Result<String> {
-    refused(env.container().flags(["--cgroup", "relative"]))
 }
 
 fn state_dir_unusable(env: &Env) -> Result<String> {

@@ -22,6 +22,30 @@ pub fn host_device(env: &Env) -> Result<String> {
     refused(env.container().flags(["--device", "/dev/null"]))
 }
 
+pub fn bind_source_missing(env: &Env) -> Result<String> {
+    refused(env.container().flags(["--mount", "type=bind,src=/no/such/source,dst=/mnt,options=rbind:ro"]))
+}
+
+pub fn bind_wrong_kind(env: &Env) -> Result<String> {
+    refused(env.container().flags(["--mount", "type=bind,src=/etc/hostname,dst=/etc,options=rbind:ro"]))
+}
+
+pub fn vmm_without_kvm(env: &Env) -> Result<String> {
+    let container = env.container().settings(|s| s.set("vmm", "accelerator", "\"tcg\""));
+    refused(container.annotation("io.chsnap.vmm", "cloud-hypervisor"))
+}
+
+pub fn exec_cwd(env: &Env) -> Result<String> {
+    let started = env.container().sh("sleep 1000").start()?;
+    let message = failed(started.exec_with(&["--cwd", "/no/such/dir"], ["true"]).output()?, AT_ONCE)?;
+    started.remove()?;
+    Ok(message)
+}
+
+pub fn cgroup_path(env: &Env) -> Result<String> {
+    refused(env.container().flags(["--cgroup", "relative"]))
+}
+
 pub fn network_missing(env: &Env) -> Result<String> {
     refused(env.container().flags(["--with-ns", "network:/run/netns/no-such"]))
 }
