@@ -24,6 +24,10 @@ for file in */tests/*.rs; do units+=(--test "$(basename "$file" .rs)"); done
 cargo test --locked --release --workspace "${units[@]}"
 # With targets named, cargo leaves these out, and it takes them only alone.
 cargo test --locked --release --workspace --doc
+say "tests of the scripts: what is installed, the node's transport, the matrix"
+hack/install_test.sh
+python3 hack/node/selftest.py
+python3 hack/node/matrix_test.py
 if [ -s "$CHSNAP_TESTS_SKIPPED" ]; then
   say "skipped, $(wc -l <"$CHSNAP_TESTS_SKIPPED") unit tests:"
   sed 's/^/    /' "$CHSNAP_TESTS_SKIPPED" >&2

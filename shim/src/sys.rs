@@ -237,14 +237,18 @@ Anonymous:             0 kB
 
     #[test]
     fn code_that_was_given_back_still_runs() {
-        // All of it, or it would depend on the linker's order how much of it other pieces of 64 KiB bring along.
-        for page in code().0.step_by(4096) {
-            // SAFETY: mapped for reading for as long as the program runs.
-            let _ = unsafe { ptr::with_exposed_provenance::<u8>(page).read_volatile() };
-        }
-        let (_, before) = code();
-        unmap_code();
-        let (_, after) = code();
-        assert!(after < before / 2, "{after} of {before} KiB");
+        let given_back = || {
+            // All of it, or it would depend on the linker's order how much of it other pieces of 64 KiB bring along.
+            for page in code().0.step_by(4096) {
+                // SAFETY: mapped for reading for as long as the program runs.
+                let _ = unsafe { ptr::with_exposed_provenance::<u8>(page).read_volatile() };
+            }
+            let (_, before) = code();
+            unmap_code();
+            (code().1, before)
+        };
+        // The other tests run meanwhile, and bring what they need back at once.
+        let tries: Vec<_> = (0..100).map(|_| given_back()).collect();
+        assert!(tries.iter().any(|(after, before)| *after < before / 2), "(after, before) in KiB: {tries:?}");
     }
 }

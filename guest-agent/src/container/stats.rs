@@ -4,7 +4,10 @@ use std::fs;
 
 use chsnap_protocol::agent::StatsResponse;
 
-use super::Cgroup;
+use super::{
+    Cgroup,
+    oom::{self, EVENTS},
+};
 
 impl Cgroup {
     /// What the kernel counted. A controller that is not there counts nothing.
@@ -13,6 +16,7 @@ impl Cgroup {
         let number = |file: &str| text(file).trim().parse().unwrap_or(0);
         let limit = |file: &str| text(file).trim().parse().unwrap_or(u64::MAX);
         let (cpu, memory, io) = (text("cpu.stat"), text("memory.stat"), text("io.stat"));
+        let events = text(EVENTS);
         StatsResponse {
             cpu_usage_usec: field(&cpu, "usage_usec"),
             cpu_user_usec: field(&cpu, "user_usec"),
@@ -30,7 +34,13 @@ impl Cgroup {
             memory_pgfault: field(&memory, "pgfault"),
             memory_pgmajfault: field(&memory, "pgmajfault"),
             memory_swap_current: number("memory.swap.current"),
-            memory_oom_kills: self.oom_kills(),
+            // A kernel without swap has no such file.
+            memory_swap_max: if self.path.join("memory.swap.max").exists() { limit("memory.swap.max") } else { 0 },
+            memory_events_low: field(&events, "low"),
+            memory_events_high: field(&events, "high"),
+            memory_events_max: field(&events, "max"),
+            memory_events_oom: field(&events, "oom"),
+            memory_oom_kills: oom::count(&events),
             pids_current: number("pids.current"),
             pids_max: limit("pids.max"),
             io_rbytes: sum(&io, "rbytes"),
@@ -73,9 +83,13 @@ mod tests {
         let none = StatsResponse { memory_max: u64::MAX, pids_max: u64::MAX, ..Default::default() };
         assert_eq!(cgroup.stats(), none);
         fs::write(dir.path().join("memory.swap.current"), "8192\n").unwrap();
+        fs::write(dir.path().join("memory.swap.max"), "max\n").unwrap();
+        fs::write(dir.path().join("memory.events"), "low 1\nhigh 2\nmax 3\noom 4\noom_kill 5\n").unwrap();
         fs::write(dir.path().join("io.stat"), "254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6\n").unwrap();
         let stats = cgroup.stats();
-        assert_eq!(stats.memory_swap_current, 8192);
+        assert_eq!((stats.memory_swap_current, stats.memory_swap_max), (8192, u64::MAX));
+        let events = [stats.memory_events_low, stats.memory_events_high, stats.memory_events_max];
+        assert_eq!((events, stats.memory_events_oom, stats.memory_oom_kills), ([1, 2, 3], 4, 5));
         assert_eq!([stats.io_rbytes, stats.io_wbytes, stats.io_rios, stats.io_wios], [1, 2, 3, 4]);
     }
 

@@ -116,10 +116,13 @@ fn unfit(context: &Context<'_>, errno: c_int) -> ! {
 fn there(program: &Program) -> Step {
     let mut verdict = libc::ENOENT;
     for path in &program.candidates {
-        // SAFETY: the strings end with NUL and live in the plan; zeros are a `stat`.
+        // SAFETY: all fields are numbers.
         let mut found: libc::stat = unsafe { std::mem::zeroed() };
-        let may = check(unsafe { libc::access(path.as_ptr(), libc::X_OK) });
-        match may.and_then(|_| check(unsafe { libc::stat(path.as_ptr(), &raw mut found) })) {
+        // SAFETY: the string ends with NUL and lives in the plan, the structure outlives the call.
+        let looked = unsafe {
+            check(libc::access(path.as_ptr(), libc::X_OK)).and(check(libc::stat(path.as_ptr(), &raw mut found)))
+        };
+        match looked {
             // A directory may be "run", too, and is refused as execve(2) would.
             Ok(_) if found.st_mode & libc::S_IFMT == libc::S_IFDIR => verdict = libc::EACCES,
             Ok(_) => return Ok(()),

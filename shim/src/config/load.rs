@@ -60,6 +60,9 @@ impl Config {
             ("state.dir", Some(&self.state.dir)),
             ("snapshot.dir", Some(&self.snapshot.dir)),
         ];
+        // One without a slash is looked for in PATH.
+        let ctr = Some(&self.snapshot.ctr).filter(|ctr| ctr.components().count() > 1);
+        let paths = paths.into_iter().chain([("snapshot.ctr", ctr)]);
         let relative = paths.into_iter().find_map(|(key, path)| {
             let path = path.filter(|path| !path.is_absolute())?;
             Some((key, format!("{path:?} is not an absolute path; the shim's working directory is the container's")))

@@ -127,6 +127,11 @@ fn errors_name_file_line_column_and_key() {
              container's",
         ),
         (
+            "[snapshot]\nctr = 'bin/ctr'",
+            "/etc/c.toml:2:7: snapshot.ctr: \"bin/ctr\" is not an absolute path; the shim's working directory is the \
+             container's",
+        ),
+        (
             "[snapshot]\nbuilders = 65",
             "/etc/c.toml:2:12: snapshot.builders: 65 is more than 64; each takes a guest's memory",
         ),

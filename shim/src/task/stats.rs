@@ -30,6 +30,7 @@ pub fn metrics(s: &StatsResponse) -> Result<Any, containerd_shim::Error> {
     memory.pgfault = s.memory_pgfault;
     memory.pgmajfault = s.memory_pgmajfault;
     memory.swap_usage = s.memory_swap_current;
+    memory.swap_limit = s.memory_swap_max;
     // Of all of the guest's disks together, of which there are none as long as everything comes over virtiofs.
     let mut entry = IOEntry::new();
     entry.rbytes = s.io_rbytes;
@@ -41,6 +42,10 @@ pub fn metrics(s: &StatsResponse) -> Result<Any, containerd_shim::Error> {
         io.usage.push(entry);
     }
     let mut events = MemoryEvents::new();
+    events.low = s.memory_events_low;
+    events.high = s.memory_events_high;
+    events.max = s.memory_events_max;
+    events.oom = s.memory_events_oom;
     events.oom_kill = s.memory_oom_kills;
     let mut pids = PidsStat::new();
     pids.current = s.pids_current;
