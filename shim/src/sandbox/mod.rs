@@ -33,8 +33,8 @@ pub(crate) use homes::add_root;
 pub(crate) use machine::settled;
 use machine::watch_over;
 pub use phases::Phases;
-pub(crate) use plan::pod_of;
 pub use plan::{Division, Plan, PlanError};
+pub(crate) use plan::{network as network_of, pod_of};
 pub(crate) use start::TEMPLATE;
 pub use ways::Wanting;
 
@@ -72,6 +72,8 @@ pub struct Request<'a> {
     pub shape: Shape,
     /// `linux.cgroupsPath`; empty for none.
     pub cgroups_path: &'a str,
+    /// The pod's network namespace, where it is given one.
+    pub network: Option<&'a Path>,
 }
 
 impl Request<'_> {

@@ -99,6 +99,12 @@ pub(crate) fn pod_of(spec: &Spec) -> Option<&str> {
     POD_ANNOTATIONS.iter().find_map(|name| annotations.get(*name)).map(String::as_str)
 }
 
+/// The network namespace that a specification gives its container.
+pub(crate) fn network(spec: &Spec) -> Option<&Path> {
+    let mut all = spec.linux().as_ref()?.namespaces().iter().flatten();
+    all.find(|one| one.typ() == LinuxNamespaceType::Network)?.path().as_deref()
+}
+
 /// File systems that the guest mounts itself.
 const GUEST_TYPES: &[&str] = &["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
 
@@ -116,13 +122,6 @@ impl Plan {
     #[must_use]
     pub fn in_a_pod(&self) -> bool {
         pod_of(&self.spec).is_some()
-    }
-
-    /// The network namespace that it is given.
-    #[must_use]
-    pub fn network(&self) -> Option<&Path> {
-        let mut all = self.spec.linux().as_ref()?.namespaces().iter().flatten();
-        all.find(|one| one.typ() == LinuxNamespaceType::Network)?.path().as_deref()
     }
 
     /// Judges `spec` of `container`.

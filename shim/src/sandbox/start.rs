@@ -25,7 +25,7 @@ use crate::{
     snapshot::{Held, Kind},
     state::Way,
     task::chain,
-    vmm::{self, Vm, VmSpec},
+    vmm::{self, BootError, Vm, VmSpec},
 };
 
 /// The container in a template's guest.
@@ -86,7 +86,7 @@ fn may_be_the_snapshots(error: &StartError) -> bool {
     ];
     match error {
         StartError::Container(AgentError::Refused { code, .. }) => !LIKEWISE.contains(code),
-        StartError::Expose(_) | StartError::Upper { .. } => false,
+        StartError::Expose(_) | StartError::Upper { .. } | StartError::Boot(BootError::Network { .. }) => false,
         _ => true,
     }
 }
@@ -155,7 +155,7 @@ impl Stage<'_> {
     ) -> Result<(Box<dyn Vm>, Virtiofsd, Met), StartError> {
         let (dir, cgroups) = (self.ground.dir.path(), self.ground.cgroup.dirs());
         let config = self.request.config;
-        let network = self.first.plan.network().map(std::path::Path::to_owned);
+        let network = self.request.network.map(std::path::Path::to_owned);
         let spec = VmSpec { network, ..machine::spec(config, self.request.shape, dir, cgroups) };
         let (cache, socket) = (caching::mode(self.request, self.first), &spec.share_socket);
         let mut virtiofsd = Virtiofsd::spawn(&self.virtiofsd, cache, share.dir(), socket, cgroups)?;

@@ -21,7 +21,9 @@ use super::{
 use crate::{
     config::{Annotations, Shape},
     oom,
-    sandbox::{NewContainer, Phases, Plan, Request, Sandbox, StartError, Started, Wanting, dir_of, sources},
+    sandbox::{
+        NewContainer, Phases, Plan, Request, Sandbox, StartError, Started, Wanting, dir_of, network_of, sources,
+    },
     share::RootMount,
     state::{self, Exposed, State},
     template::{self, Order},
@@ -55,12 +57,14 @@ impl Service {
             .map(|p| p.display().to_string())
             .unwrap_or_default();
         let own_limits = limits.clone();
+        let mut network = network_of(&spec).map(Path::to_owned);
         let pod = self.pod.lock().await.clone();
         let shape_of = if pod.is_some() { Shape::of_pod } else { Shape::of };
         if let Some(pod) = pod {
             overrides = overrides.or(&pod.overrides);
             limits = pod.limits.or(limits);
             cgroups_path = pod.cgroups_path;
+            network = pod.network;
             if spec.hostname().as_ref().is_none_or(String::is_empty) {
                 spec.set_hostname(pod.hostname);
             }
@@ -85,8 +89,9 @@ impl Service {
             let limits = pause::limits(&annotations);
             // Before the pod is said to be there: no VM could ever be that large.
             Shape::of_pod(&config, &overrides, limits.as_ref())?;
-            let hostname = plan.spec().hostname().clone();
-            return self.create_pause(created, paths, Pod { overrides, cgroups_path, hostname, limits }).await;
+            let (hostname, network) = (plan.spec().hostname().clone(), network);
+            let pod = Pod { overrides, cgroups_path, hostname, network, limits };
+            return self.create_pause(created, paths, pod).await;
         }
         let shape = shape_of(&config, &overrides, limits.as_ref())?;
         let local = Local::open(&paths).await?;
@@ -105,6 +110,7 @@ impl Service {
             overrides: &overrides,
             shape,
             cgroups_path: &cgroups_path,
+            network: network.as_deref(),
         };
         let make = |streams, sandbox: &Sandbox| {
             let init = Arc::new(Process::new(new.id, "", paths, streams, local, sandbox.pid()));

@@ -2,7 +2,7 @@
 //! that sleeps and holds the pod's namespaces. Here it is an entry in this process, which behaves as that process would,
 //! and costs no VM. What is asked of the pod as a whole is kept for its first real container, which starts the VM.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
 use chsnap_protocol::agent::CreateProcessResponse;
 use containerd_shim_protos::{
@@ -45,6 +45,8 @@ pub(super) struct Pod {
     pub cgroups_path: String,
     /// Containers in its namespace of names are not told it.
     pub hostname: Option<String>,
+    /// Its network namespace. Containers are told that of the sandbox's process, which here is this one's.
+    pub network: Option<PathBuf>,
     /// Their sum, to which a container without any adds nothing; `None` where it is not known.
     pub limits: Option<LinuxResources>,
 }

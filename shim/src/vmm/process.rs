@@ -6,16 +6,22 @@
 use std::{
     ffi::OsString,
     fs::File,
+    io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     time::Duration,
 };
 
+use nix::unistd::Uid;
 use seccompiler::BpfProgram;
 use tokio::{io::AsyncRead, process::Child, sync::watch, time::timeout};
 
 use super::{BootError, ControlError, SnapshotError, VmExit};
-use crate::{child, ring::Ring, sys::Network};
+use crate::{
+    child,
+    ring::Ring,
+    sys::{self, Network},
+};
 
 /// Kept of the guest's console: more than a kernel's last words, less than anybody minds per pod.
 const CONSOLE_BYTES: usize = 32 << 10;
@@ -181,10 +187,12 @@ impl Process {
 fn spawn(launch: Launch<'_>) -> Result<Child, BootError> {
     let Launch { program, args, fds, cgroups, network, filter } = launch;
     let network = match network {
+        // Who may not have one has no pods: a test's machine.
+        None if !Uid::effective().is_root() => Network::Same,
         None => Network::Own,
         Some(path) => {
-            let opened = File::open(path).map_err(|source| BootError::Network { path: path.into(), source })?;
-            Network::Of(opened.into())
+            let opened = network_namespace(path);
+            Network::Of(opened.map_err(|source| BootError::Network { path: path.into(), source })?)
         }
     };
     let mut command = child::confined(program, cgroups, fds, network, filter).map_err(BootError::Cgroup)?;
@@ -194,6 +202,15 @@ fn spawn(launch: Launch<'_>) -> Result<Child, BootError> {
     }
     // Dropping the command closes this side's copies of the descriptors that the VMM inherited.
     command.spawn().map_err(|source| BootError::Spawn { program: program.to_owned(), source })
+}
+
+/// One that is none would be refused in the child, as if the program were at fault.
+fn network_namespace(path: &Path) -> io::Result<OwnedFd> {
+    let namespace = OwnedFd::from(File::open(path)?);
+    match sys::is_network_namespace(&namespace) {
+        true => Ok(namespace),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no network namespace")),
+    }
 }
 
 /// Waits for the child, and kills it first if its leash is pulled. Tells its status, and whether it ended by itself

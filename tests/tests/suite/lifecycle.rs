@@ -1,9 +1,9 @@
 //! From `ctr run` to `ctr task rm`.
 
-use std::fs;
+use std::{fs, os::unix::fs::PermissionsExt as _, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
-use chsnap_tests::{Env, IMAGE, Run, Started, Version};
+use chsnap_tests::{Env, IMAGE, Run, Started, Version, eventually};
 use serde_json::{Value, json};
 
 crate::cases! {
@@ -57,7 +57,8 @@ fn missing_program(env: &Env) -> Result<()> {
     let output = detached.ctr(&["run"], &["-d"], None)?.output()?;
     ensure!(output.code != 0 && output.stderr.contains("/no/such/program"), "{}", output.whole());
     ensure!(env.ctr().status(&id)?.is_none(), "there is a task, and nothing that runs");
-    ensure!(env.processes(env.vmm_name()).is_empty(), "{:?}", env.processes(env.vmm_name()));
+    let gone = eventually(Duration::from_secs(5), || env.processes(env.vmm_name()).is_empty().then_some(()));
+    ensure!(gone.is_some(), "{:?}", env.processes(env.vmm_name()));
     env.ctr().text(["container", "rm", &id])?;
     Ok(())
 }
@@ -84,7 +85,21 @@ fn network(env: &Env) -> Result<()> {
         let named = [&format!("--net={namespace}"), "readlink", "/proc/self/ns/net"];
         let (inside, named) = (of(&given)?, Run::new("nsenter").args(named).text()?);
         ensure!(inside.display().to_string() == named.trim(), "it is in {} and not in {named}", inside.display());
-        given.remove()
+        given.remove()?;
+        // As CRI has it: the sandbox is given it, and the others that of the sandbox's process, which is none's own here.
+        let of_pod = |id: &str, role: &str, path: &str| {
+            let one = env.container().annotation("io.kubernetes.cri.sandbox-id", id);
+            let one = one.annotation("io.kubernetes.cri.container-type", role);
+            one.flags(["--with-ns", &format!("network:{path}")])
+        };
+        let id = env.container().id;
+        let mut pause = of_pod(&id, "sandbox", &namespace);
+        pause.id.clone_from(&id);
+        let pause = pause.command(["/pause"]).start()?;
+        let app = of_pod(&id, "container", "/proc/self/ns/net").sh("echo up; sleep 1000").start()?;
+        ensure!(of(&app)? == inside, "the pod's container is not in the pod's network namespace");
+        app.remove()?;
+        pause.remove()
     })();
     Run::new("umount").arg(&file).output()?.success()?;
     given
@@ -163,7 +178,19 @@ fn user(env: &Env) -> Result<()> {
     let caps = started.sh("grep CapEff /proc/self/status")?;
     ensure!(caps.ends_with("a80425fb"), "not the capabilities that ctr gives: {caps}");
     ensure!(started.exec_with(&["--cwd", "/tmp"], ["pwd"]).text()? == "/tmp");
-    started.remove()
+    started.remove()?;
+    if env.daemon.version == Version::V1_6 {
+        // Whose client has no flag for a container's user.
+        return Ok(());
+    }
+    // A capability that the user has (CAP_DAC_OVERRIDE) opens the way to its program, too.
+    let private = env.dir.join("private");
+    fs::create_dir(&private)?;
+    fs::copy("/bin/true", private.join("program"))?;
+    fs::set_permissions(&private, fs::Permissions::from_mode(0o700))?;
+    let mount = format!("type=bind,src={},dst=/private,options=rbind:ro", private.display());
+    env.container().flags(["--user", "1000", "--mount", &mount]).command(["/private/program"]).output()?.success()?;
+    Ok(())
 }
 
 /// Limits become the machine's size.
