@@ -89,10 +89,8 @@ pub(crate) fn detach(command: &mut Command, home: Option<&'static File>) {
 
 /// Whether this is one: ioctl_nsfs(2), since Linux 4.11.
 pub(crate) fn is_network_namespace(file: &OwnedFd) -> bool {
-    // _IO(0xb7, 3), on every architecture that Rust's standard library knows by now but those of MIPS, PowerPC and SPARC.
-    const NS_GET_NSTYPE: u32 = 0xb703;
     // SAFETY: takes a descriptor and no argument; other files refuse it.
-    unsafe { libc::ioctl(file.as_raw_fd(), NS_GET_NSTYPE as _) == libc::CLONE_NEWNET }
+    unsafe { libc::ioctl(file.as_raw_fd(), libc::NS_GET_NSTYPE) == libc::CLONE_NEWNET }
 }
 
 /// Lets other processes go first, and those it starts from now on.

@@ -60,9 +60,23 @@ impl Ctr {
 
     /// The status of a task as `ctr task ls` shows it, `None` where there is no such task.
     pub fn status(&self, id: &str) -> Result<Option<String>> {
+        self.column(id, 2)
+    }
+
+    /// Its pid, as shown there.
+    pub fn pid(&self, id: &str) -> Result<Option<String>> {
+        self.column(id, 1)
+    }
+
+    fn column(&self, id: &str, number: usize) -> Result<Option<String>> {
         let list = self.text(["task", "ls"])?;
         let line = list.lines().find(|l| l.split_whitespace().next() == Some(id));
-        Ok(line.and_then(|l| l.split_whitespace().nth(2)).map(str::to_owned))
+        Ok(line.and_then(|l| l.split_whitespace().nth(number)).map(str::to_owned))
+    }
+
+    /// What `ctr task metrics` tells programs.
+    pub fn metrics(&self, id: &str) -> Result<serde_json::Value> {
+        Ok(serde_json::from_str(&self.text(["task", "metrics", "--format", "json", id])?)?)
     }
 
     /// Waits until a task has that status.

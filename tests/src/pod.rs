@@ -55,6 +55,12 @@ impl<'a> Container<'a> {
         self.flags(["--annotation", &format!("{name}={value}")])
     }
 
+    /// Into the pod of the container `sandbox`, as CRI implementations say it; `role` is `sandbox` or `container`.
+    #[must_use]
+    pub fn of_pod(self, sandbox: &str, role: &str) -> Self {
+        self.annotation("io.kubernetes.cri.sandbox-id", sandbox).annotation("io.kubernetes.cri.container-type", role)
+    }
+
     /// Another name.
     #[must_use]
     pub fn id(mut self, id: &str) -> Self {

@@ -3,6 +3,7 @@
 //! Only system calls here: no allocation, no lock, no panic. Whatever needs memory was put into the plan.
 
 use std::{
+    ffi::CStr,
     os::fd::RawFd,
     ptr::{null, null_mut},
 };
@@ -102,8 +103,12 @@ pub(super) fn run(mut context: Context<'_>) -> ! {
         }
     }
     let Some(program) = &plan.program else { exit(0) };
-    let errno = exec(program, &context);
-    unfit(&context, errno)
+    let run = any_of(program, |path| {
+        // SAFETY: the arrays end with NULL and their strings live in the plan.
+        unsafe { libc::execve(path.as_ptr(), context.argv.as_ptr(), context.envp.as_ptr()) };
+        Err(errno())
+    });
+    unfit(&context, run.err().unwrap_or_default())
 }
 
 /// The program does not run.
@@ -112,30 +117,38 @@ fn unfit(context: &Context<'_>, errno: c_int) -> ! {
     exit(if errno == libc::ENOENT { 127 } else { 126 })
 }
 
-/// Whether one of the program's candidates may be run by who this is, as far as can be told without running it. It has
-/// its capabilities by now, so they count: not access(2), which asks for the real user without any. What cannot be told
-/// (faccessat2 is of Linux 5.8) passes for there.
-fn there(program: &Program) -> Step {
+/// Tries the candidates as execvp does: one that is missing or not allowed does not end the search.
+fn any_of(program: &Program, attempt: impl Fn(&CStr) -> Step) -> Step {
     let mut verdict = libc::ENOENT;
     for path in &program.candidates {
-        // SAFETY: all fields are numbers.
-        let mut found: libc::stat = unsafe { std::mem::zeroed() };
-        // SAFETY: the string ends with NUL and lives in the plan, the structure outlives the call.
-        let looked = unsafe {
-            let how = (libc::AT_FDCWD, libc::X_OK, libc::AT_EACCESS);
-            let may = check(libc::syscall(libc::SYS_faccessat2, how.0, path.as_ptr(), how.1, how.2));
-            may.and(check(libc::stat(path.as_ptr(), &raw mut found)))
-        };
-        match looked {
-            // A directory may be "run", too, and is refused as execve(2) would.
-            Ok(_) if found.st_mode & libc::S_IFMT == libc::S_IFDIR => verdict = libc::EACCES,
-            Ok(_) | Err(libc::ENOSYS) => return Ok(()),
+        match attempt(path) {
+            Ok(()) => return Ok(()),
             Err(libc::ENOENT | libc::ENOTDIR) => {}
             Err(libc::EACCES) => verdict = libc::EACCES,
             Err(other) => return Err(other),
         }
     }
     Err(verdict)
+}
+
+/// Whether this may be run by who this is, as far as can be told without running it. It has its capabilities by now, so
+/// they count: not access(2), which asks for the real user without any. What cannot be told (faccessat2 is of
+/// Linux 5.8) passes for there.
+fn there(path: &CStr) -> Step {
+    // SAFETY: all fields are numbers.
+    let mut found: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: the string ends with NUL and lives in the plan, the structure outlives the call.
+    let looked = unsafe {
+        let how = (libc::AT_FDCWD, libc::X_OK, libc::AT_EACCESS);
+        let may = check(libc::syscall(libc::SYS_faccessat2, how.0, path.as_ptr(), how.1, how.2));
+        may.and(check(libc::stat(path.as_ptr(), &raw mut found)))
+    };
+    match looked {
+        // A directory may be "run", too, and is refused as execve(2) would.
+        Ok(_) if found.st_mode & libc::S_IFMT == libc::S_IFDIR => Err(libc::EACCES),
+        Ok(_) | Err(libc::ENOSYS) => Ok(()),
+        Err(errno) => Err(errno),
+    }
 }
 
 fn exit(code: c_int) -> ! {
@@ -177,21 +190,6 @@ fn close_others(keep: &[RawFd]) {
         }
         from = from.max(fd.saturating_add(1));
     }
-}
-
-/// Tries the candidates as execvp does: one that is missing or not allowed does not end the search.
-fn exec(program: &Program, context: &Context<'_>) -> c_int {
-    let mut verdict = libc::ENOENT;
-    for path in &program.candidates {
-        // SAFETY: the arrays end with NULL and their strings live in the plan.
-        unsafe { libc::execve(path.as_ptr(), context.argv.as_ptr(), context.envp.as_ptr()) };
-        match errno() {
-            libc::ENOENT | libc::ENOTDIR => {}
-            libc::EACCES => verdict = libc::EACCES,
-            other => return other,
-        }
-    }
-    verdict
 }
 
 fn carry_out(op: &Op, context: &mut Context<'_>) -> Step {
@@ -282,7 +280,7 @@ fn carry_out(op: &Op, context: &mut Context<'_>) -> Step {
             Op::NoNewPrivileges => check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?,
             Op::Park { start } => {
                 // What cannot run is told while the container can still be refused as a whole.
-                if let Some(Err(errno)) = context.plan.program.as_ref().map(there) {
+                if let Some(Err(errno)) = context.plan.program.as_ref().map(|program| any_of(program, there)) {
                     unfit(context, errno);
                 }
                 report(context.report, Report::Ready { terminal: context.terminal });

@@ -51,7 +51,9 @@ impl Config {
 
     /// The first key whose value has the right type and still cannot be.
     fn invalid(&self) -> Option<(&'static str, String)> {
-        let paths: [(&str, Option<&PathBuf>); 7] = [
+        // One without a slash is looked for in PATH.
+        let ctr = Some(&self.snapshot.ctr).filter(|ctr| ctr.components().count() > 1);
+        let paths: [(&str, Option<&PathBuf>); 8] = [
             ("vmm.cloud_hypervisor", self.vmm.cloud_hypervisor.as_ref()),
             ("vmm.qemu", self.vmm.qemu.as_ref()),
             ("guest.kernel", Some(&self.guest.kernel)),
@@ -59,10 +61,8 @@ impl Config {
             ("share.virtiofsd", self.share.virtiofsd.as_ref()),
             ("state.dir", Some(&self.state.dir)),
             ("snapshot.dir", Some(&self.snapshot.dir)),
+            ("snapshot.ctr", ctr),
         ];
-        // One without a slash is looked for in PATH.
-        let ctr = Some(&self.snapshot.ctr).filter(|ctr| ctr.components().count() > 1);
-        let paths = paths.into_iter().chain([("snapshot.ctr", ctr)]);
         let relative = paths.into_iter().find_map(|(key, path)| {
             let path = path.filter(|path| !path.is_absolute())?;
             Some((key, format!("{path:?} is not an absolute path; the shim's working directory is the container's")))

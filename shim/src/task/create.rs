@@ -89,7 +89,7 @@ impl Service {
             let limits = pause::limits(&annotations);
             // Before the pod is said to be there: no VM could ever be that large.
             Shape::of_pod(&config, &overrides, limits.as_ref())?;
-            let (hostname, network) = (plan.spec().hostname().clone(), network);
+            let hostname = plan.spec().hostname().clone();
             let pod = Pod { overrides, cgroups_path, hostname, network, limits };
             return self.create_pause(created, paths, pod).await;
         }

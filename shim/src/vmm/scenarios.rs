@@ -9,7 +9,7 @@ use nix::{
 use tokio::time::{sleep, timeout};
 
 use super::{
-    BootError, Driver, Rung, VmSpec,
+    BootError, Driver, Rung, VmSpec, VmmKind,
     testing::{BOOT, Bench, end, is_gone, shows},
 };
 
@@ -36,6 +36,11 @@ pub async fn meets_the_agent(driver: &dyn Driver) {
         };
         timeout(*BOOT, session).await.unwrap_or_else(|_| panic!("no session {number}; console: {}", vm.console()));
     }
+    // What the log has of a guest that is silent; this one has just answered.
+    let queues = vm.queues().await;
+    let told =
+        queues.split("; ").filter(|queue| queue.starts_with("virtio-serial ") && queue.contains(" taken ")).count();
+    assert!(driver.kind() != VmmKind::Qemu || told >= 4, "of two ports: {queues:?}");
     vm.kill().await;
 }
 

@@ -290,7 +290,7 @@ fn guest_hangs(env: &Env) -> Result<String> {
 }
 
 /// A container that sleeps, and then what happens to its pod.
-fn sleeper(env: &Env) -> Result<Started<'_>> {
+pub fn sleeper(env: &Env) -> Result<Started<'_>> {
     let container = with(env, |s| s.set("deadlines", "agent_call", "\"2s\"")).sh("echo up; sleep 1000");
     let started = container.start()?;
     started.wait_log("up")?;

@@ -12,7 +12,7 @@ use containerd_shim_protos::{
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
-use crate::errors::{A_BOOT, AT_ONCE, failed, refused};
+use crate::errors::{A_BOOT, AT_ONCE, failed, refused, sleeper};
 
 pub fn host_network(env: &Env) -> Result<String> {
     refused(env.container().flags(["--net-host"]))
@@ -36,7 +36,7 @@ pub fn vmm_without_kvm(env: &Env) -> Result<String> {
 }
 
 pub fn exec_cwd(env: &Env) -> Result<String> {
-    let started = env.container().sh("sleep 1000").start()?;
+    let started = sleeper(env)?;
     let message = failed(started.exec_with(&["--cwd", "/no/such/dir"], ["true"]).output()?, AT_ONCE)?;
     started.remove()?;
     Ok(message)

@@ -154,7 +154,7 @@ fn child_out_of_memory(env: &Env) -> Result<()> {
     container.wait_log("status 137")?;
     let before = events("/tasks/oom")?;
     ensure!(topics(&before) == ["/tasks/create", "/tasks/start", "/tasks/oom"], "{before:?}");
-    let metrics: Value = serde_json::from_str(&env.ctr().text(["task", "metrics", "--format", "json", &id])?)?;
+    let metrics = env.ctr().metrics(&id)?;
     for event in ["max", "oom", "oom_kill"] {
         ensure!(metrics["memory_events"][event].as_u64() > Some(0), "{event}: {metrics}");
     }

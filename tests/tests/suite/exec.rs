@@ -68,9 +68,8 @@ fn killed(env: &Env) -> Result<()> {
     });
     ensure!(two.is_some(), "not the two processes there are, the exec's by its name: {list}");
     // The container's own goes by the task's number, and by no other name.
-    let tasks = ctr.text(["task", "ls"])?;
-    let task = tasks.lines().find(|line| line.starts_with(&started.id)).and_then(|line| line.split_whitespace().nth(1));
-    let own = |line: &&str| line.split_whitespace().eq([task.unwrap_or_default(), "-"]);
+    let task = ctr.pid(&started.id)?;
+    let own = |line: &&str| line.split_whitespace().eq([task.as_deref().unwrap_or_default(), "-"]);
     ensure!(list.lines().filter(own).count() == 1, "{task:?} is not the container's own: {list}");
     ctr.text(["task", "kill", "-s", "SIGKILL", "--exec-id", "victim", &started.id])?;
     exec.output()?.code(137)?;

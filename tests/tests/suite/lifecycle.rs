@@ -67,9 +67,7 @@ fn missing_program(env: &Env) -> Result<()> {
 fn network(env: &Env) -> Result<()> {
     let host = fs::read_link("/proc/self/ns/net")?;
     let of = |started: &Started<'_>| -> Result<std::path::PathBuf> {
-        let tasks = env.ctr().text(["task", "ls"])?;
-        let row = tasks.lines().find(|row| row.split_whitespace().next() == Some(&started.id)).context("no task")?;
-        let pid = row.split_whitespace().nth(1).context("no pid")?;
+        let pid = env.ctr().pid(&started.id)?.context("no task")?;
         Ok(fs::read_link(format!("/proc/{pid}/ns/net"))?)
     };
     let alone = env.container().sh("echo up; sleep 1000").start()?;
@@ -81,22 +79,17 @@ fn network(env: &Env) -> Result<()> {
     Run::new("unshare").args([&format!("--net={namespace}"), "true"]).output()?.success()?;
     let given = (|| {
         let flags = ["--with-ns".to_owned(), format!("network:{namespace}")];
-        let given = env.container().flags(flags).sh("echo up; sleep 1000").start()?;
+        let given = env.container().flags(&flags).sh("echo up; sleep 1000").start()?;
         let named = [&format!("--net={namespace}"), "readlink", "/proc/self/ns/net"];
         let (inside, named) = (of(&given)?, Run::new("nsenter").args(named).text()?);
         ensure!(inside.display().to_string() == named.trim(), "it is in {} and not in {named}", inside.display());
         given.remove()?;
         // As CRI has it: the sandbox is given it, and the others that of the sandbox's process, which is none's own here.
-        let of_pod = |id: &str, role: &str, path: &str| {
-            let one = env.container().annotation("io.kubernetes.cri.sandbox-id", id);
-            let one = one.annotation("io.kubernetes.cri.container-type", role);
-            one.flags(["--with-ns", &format!("network:{path}")])
-        };
-        let id = env.container().id;
-        let mut pause = of_pod(&id, "sandbox", &namespace);
-        pause.id.clone_from(&id);
-        let pause = pause.command(["/pause"]).start()?;
-        let app = of_pod(&id, "container", "/proc/self/ns/net").sh("echo up; sleep 1000").start()?;
+        let pause = env.container();
+        let id = pause.id.clone();
+        let pause = pause.of_pod(&id, "sandbox").flags(flags).command(["/pause"]).start()?;
+        let app = env.container().of_pod(&id, "container").flags(["--with-ns", "network:/proc/self/ns/net"]);
+        let app = app.sh("echo up; sleep 1000").start()?;
         ensure!(of(&app)? == inside, "the pod's container is not in the pod's network namespace");
         app.remove()?;
         pause.remove()

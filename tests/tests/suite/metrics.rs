@@ -12,8 +12,8 @@ fn numbers(env: &Env) -> Result<()> {
     let program = "x = bytearray(40_000_000)\nfor i in range(3_000_000): pass\nprint('up', flush=True)\nimport time\ntime.sleep(1000)";
     let started = env.container().python(program).start()?;
     started.wait_log("up")?;
-    let text = env.ctr().text(["task", "metrics", "--format", "json", &started.id])?;
-    let all: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+    let all = env.ctr().metrics(&started.id)?;
+    let text = all.to_string();
     let number = |path: &str| {
         let found = all.pointer(path).and_then(Value::as_u64);
         found.with_context(|| format!("no {path} in {text}"))

@@ -28,9 +28,7 @@ fn shared_cgroup(env: &Env) -> Result<()> {
 
 /// A further container of the pod.
 fn beside<'a>(env: &'a Env, first: &Started<'_>) -> Container<'a> {
-    env.container()
-        .annotation("io.kubernetes.cri.sandbox-id", &first.id)
-        .annotation("io.kubernetes.cri.container-type", "container")
+    env.container().of_pod(&first.id, "container")
 }
 
 /// As CRI has it: containers are given these namespaces of the pod's sandbox.
@@ -87,8 +85,7 @@ fn sandbox_without_vm(env: &Env) -> Result<()> {
     let pause = env.container();
     let id = pause.id.clone();
     let pause = pause
-        .annotation("io.kubernetes.cri.sandbox-id", &id)
-        .annotation("io.kubernetes.cri.container-type", "sandbox")
+        .of_pod(&id, "sandbox")
         .annotation("io.kubernetes.cri.sandbox-memory", &(600_u64 << 20).to_string())
         .annotation("io.chsnap.expose", "8080")
         // As it would be anyway; there is no snapshot of this size.

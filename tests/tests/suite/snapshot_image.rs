@@ -19,8 +19,8 @@ use crate::{
 
 crate::cases! {
     Vms: initialised;
-    Once: ready_signs, not_ready, hooks_fail, another_image, written_before, copied_root, built_ahead, built_like, builder_killed,
-          neither_restored, as_asked, held_open;
+    Once: ready_signs, not_ready, hooks_fail, another_image, written_before, copied_root, built_ahead, built_like,
+          builder_killed, neither_restored, as_asked, held_open;
 }
 
 /// Answers what it is, and says when it is ready. Before that it has read what pods have files of their own for, and has drawn from every source of random numbers there is.
@@ -163,7 +163,7 @@ fn initialised(env: &Env) -> Result<()> {
         let in_hook = hook["time"].as_f64().unwrap_or_default();
         ensure!(*started - 0.05 <= in_hook && in_hook <= before + 0.05, "{started} <= {in_hook} <= {before}");
         ensure!(answer["secret"] == *who, "{answer}");
-        let metrics: Value = serde_json::from_str(&env.ctr().text(["task", "metrics", "--format", "json", &pod.id])?)?;
+        let metrics = env.ctr().metrics(&pod.id)?;
         ensure!(metrics["memory"]["usage_limit"] == MEMORY, "its limit: {metrics}");
         ensure!(answer["events"] == serde_json::json!(["before", "after"]), "{answer}");
         ensure!(answer["who"] == *who && answer["hostname"] == pod.id.as_str(), "{answer}");

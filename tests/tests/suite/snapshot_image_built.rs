@@ -94,15 +94,12 @@ pub fn built_like(env: &Env) -> Result<()> {
     let settings = imaged(env).set("snapshot", "builders", "0");
     let limit = 209_715_200_u64.to_string();
     let pod = || -> Result<(Started<'_>, Started<'_>)> {
-        let of_pod = |id: &str, typ: &str| {
-            let ready = container(env, &settings).annotation("io.chsnap.ready", "file:///ready");
-            ready.annotation("io.kubernetes.cri.sandbox-id", id).annotation("io.kubernetes.cri.container-type", typ)
-        };
-        let id = env.container().id;
-        let mut pause = of_pod(&id, "sandbox").annotation("io.kubernetes.cri.sandbox-memory", &limit);
-        pause.id.clone_from(&id);
+        let ready = || container(env, &settings).annotation("io.chsnap.ready", "file:///ready");
+        let pause = ready();
+        let id = pause.id.clone();
+        let pause = pause.of_pod(&id, "sandbox").annotation("io.kubernetes.cri.sandbox-memory", &limit);
         let pause = pause.command(["/pause"]).start()?;
-        let app = of_pod(&id, "container").sh("echo up; : > /ready; while :; do sleep 0.1; done");
+        let app = ready().of_pod(&id, "container").sh("echo up; : > /ready; while :; do sleep 0.1; done");
         let app =
             app.flags(["--cap-add", "CAP_NET_ADMIN", "--with-ns", "uts:/proc/1/ns/uts", "--memory-limit", &limit]);
         Ok((pause, app.start()?))
