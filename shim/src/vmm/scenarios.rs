@@ -12,6 +12,7 @@ use super::{
     BootError, Driver, Rung, VmSpec, VmmKind,
     testing::{BOOT, Bench, end, is_gone, shows},
 };
+use crate::agent::Agent;
 
 /// A guest that powers off is seen to have wanted that; it saw the share; nothing is left.
 pub async fn powers_off(driver: &dyn Driver) {
@@ -41,6 +42,24 @@ pub async fn meets_the_agent(driver: &dyn Driver) {
     let told =
         queues.split("; ").filter(|queue| queue.starts_with("virtio-serial ") && queue.contains(" taken ")).count();
     assert!(driver.kind() != VmmKind::Qemu || told >= 4, "of two ports: {queues:?}");
+    vm.kill().await;
+}
+
+/// No request is lost that comes right after an answer, when the guest is told of both: that the answer was taken, and that
+/// there is a request.
+pub async fn is_never_silent(driver: &dyn Driver) {
+    const REQUESTS: usize = 20_000;
+    // Nobody asks whether the agent is there: that would wake it.
+    let (never, silence) = (Duration::from_secs(3600), Duration::from_secs(20));
+    let Some(bench) = Bench::with_agent().await else { return };
+    let vm = driver.boot(&bench.spec).await.unwrap();
+    let channel = vm.channel().await.unwrap();
+    let (agent, _) = timeout(*BOOT, Agent::open(channel, never)).await.unwrap().unwrap();
+    for number in 0..REQUESTS {
+        let asked = timeout(silence, agent.pids("none")).await;
+        let answer = asked.unwrap_or_else(|_| panic!("request {number} was lost"));
+        assert!(answer.unwrap_err().is_not_found());
+    }
     vm.kill().await;
 }
 

@@ -305,6 +305,12 @@ async fn the_agent_answers() {
 }
 
 #[tokio::test]
+async fn no_request_is_lost() {
+    let Some(driver) = with_kvm().await else { return };
+    scenarios::is_never_silent(&driver).await;
+}
+
+#[tokio::test]
 async fn a_guest_sees_the_share_and_powers_off() {
     let Some(driver) = with_kvm().await else { return };
     scenarios::powers_off(&driver).await;

@@ -68,6 +68,12 @@ async fn the_agent_answers() {
 }
 
 #[tokio::test]
+async fn no_request_is_lost() {
+    let Some(qemu) = qemu() else { return };
+    scenarios::is_never_silent(&qemu).await;
+}
+
+#[tokio::test]
 async fn kvm_is_used_where_it_works() {
     let Some(qemu) = qemu() else { return };
     let usable = async { kvm::try_out(kvm::open()?).await };
