@@ -26,4 +26,5 @@ mod sys;
 pub mod task;
 pub mod template;
 mod text;
+pub mod told;
 pub mod vmm;

@@ -201,14 +201,16 @@ fn doctor_is_content_where_everything_is_there() {
     let target = env::var_os("CHSNAP_TARGET").map_or_else(|| workspace.join("target"), PathBuf::from);
     let arch = if cfg!(target_arch = "x86_64") { ("amd64", "vmlinux") } else { ("arm64", "Image") };
     let (tools, guest) = (target.join("tools/bin"), target.join("guest").join(arch.0));
-    let needed = [tools.join("virtiofsd"), guest.join(arch.1), guest.join("initramfs")];
+    let containerd = target.join("tools/containerd-1.6/bin");
+    let needed = [tools.join("virtiofsd"), guest.join(arch.1), guest.join("initramfs"), containerd.join("containerd")];
     if let Some(missing) = needed.iter().find(|path| !path.exists()) {
         chsnap_test_skip::skip_without_setup(format!("{} is not there: run `make build`", missing.display()));
         return;
     }
     let shims = Path::new(env!("CARGO_BIN_EXE_chsnap")).parent().unwrap();
     let path =
-        env::join_paths([&tools, shims, Path::new("/usr/bin"), Path::new("/usr/sbin"), Path::new("/bin")]).unwrap();
+        env::join_paths([&tools, &containerd, shims, Path::new("/usr/bin"), Path::new("/usr/sbin"), Path::new("/bin")])
+            .unwrap();
     let config = format!("[vmm]\nchoice = 'qemu'\n[guest]\nkernel = {:?}\ninitramfs = {:?}\n", needed[1], needed[2]);
     let examined = |config: &str| {
         let output = doctor(path.to_str().unwrap(), config, &["--json"]);

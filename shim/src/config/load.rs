@@ -24,8 +24,8 @@ impl Config {
     /// The file named by the runtime options, which must exist; else [`DEFAULT_PATH`] if it exists; else the defaults.
     pub fn load(explicit: Option<&Path>) -> Result<Self, ConfigError> {
         let path = explicit.unwrap_or(Path::new(DEFAULT_PATH));
-        match fs::read_to_string(path) {
-            Ok(text) => Self::parse(&text, path),
+        match fs::read(path) {
+            Ok(bytes) => Self::parse(text(&bytes, path)?, path),
             Err(error) if explicit.is_none() && error.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
             Err(source) => Err(ConfigError::Read { path: path.to_owned(), source }),
         }
@@ -34,8 +34,7 @@ impl Config {
     /// Reads `text`; `file` is for the errors.
     pub fn parse(text: &str, file: &Path) -> Result<Self, ConfigError> {
         let source = Source { text, file };
-        let tree = DeTable::parse(text)
-            .map_err(|error| ConfigError::Syntax { place: source.place(error.span()), message: one_line(&error) })?;
+        let tree = DeTable::parse(text).map_err(|error| source.syntax(&error))?;
         source.check_keys(&tree)?;
         let config: Self = toml::from_str(text).map_err(|error| {
             let key = error.span().and_then(|span| key_at(tree.get_ref(), span.start)).unwrap_or_default();
@@ -121,6 +120,16 @@ impl Config {
     }
 }
 
+/// What TOML is written in.
+fn text<'a>(bytes: &'a [u8], file: &Path) -> Result<&'a str, ConfigError> {
+    std::str::from_utf8(bytes).map_err(|error| {
+        let (good, bad) = bytes.split_at(error.valid_up_to());
+        let source = Source { text: std::str::from_utf8(good).unwrap_or_default(), file };
+        let message = format!("the byte {:#04x} is not UTF-8", bad.first().copied().unwrap_or_default());
+        ConfigError::Syntax { place: source.place(Some(good.len()..bytes.len())), message }
+    })
+}
+
 struct Source<'a> {
     text: &'a str,
     file: &'a Path,
@@ -138,6 +147,16 @@ impl Source<'_> {
             file: self.file.to_owned(),
             line: before.matches('\n').count() + 1,
             column: before[line_start..].chars().count() + 1,
+        }
+    }
+
+    /// The parser names no key that stands twice.
+    fn syntax(&self, error: &toml::de::Error) -> ConfigError {
+        let (place, message) = (self.place(error.span()), one_line(error));
+        let twice = error.span().filter(|_| message.starts_with("duplicate key")).and_then(|span| self.text.get(span));
+        match twice {
+            Some(key) => ConfigError::Syntax { place, message: format!("duplicate key {key:?}") },
+            None => ConfigError::Syntax { place, message },
         }
     }
 

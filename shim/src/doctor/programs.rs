@@ -1,6 +1,6 @@
 //! Programs on the host, other than the VMMs.
 
-use std::{env, path::Path, time::Duration};
+use std::{env, fs, path::Path, time::Duration};
 
 use tokio::{process::Command, time::timeout};
 
@@ -44,11 +44,17 @@ pub(super) fn shim() -> Check {
     }
 }
 
-/// Only a hint: containerd may well run from elsewhere.
+/// Its program, or where that is part of another one, as k3s has it, that it runs.
 pub(super) async fn containerd() -> Check {
     let name = "containerd";
     let mend = "install containerd 1.6 or newer; `ctr run --runtime io.containerd.chsnap.v2` then runs containers";
-    let Some(path) = in_path("containerd") else { return Check::warn(name, "not in PATH", mend) };
+    let Some(path) = in_path("containerd") else {
+        let sockets = fs::read_to_string("/proc/net/unix").unwrap_or_default();
+        return match listening(&sockets) {
+            Some(socket) => Check::ok(name, format!("not in PATH; one listens at {socket}")),
+            None => Check::missing(name, "not in PATH, and none listens", mend),
+        };
+    };
     let said = match first_line(&path).await {
         Ok(said) => said,
         Err(error) => return Check::warn(name, format!("{}: {error}", path.display()), mend),
@@ -62,6 +68,18 @@ pub(super) async fn containerd() -> Check {
     }
 }
 
+/// The first socket of a containerd in a table as proc_net_unix(5) has it: number, references, protocol, flags, type, state,
+/// inode, path.
+fn listening(table: &str) -> Option<&str> {
+    /// Of the flags (linux/net.h): somebody listens.
+    const ACCEPTS: u32 = 1 << 16;
+    table.lines().find_map(|line| {
+        let mut words = line.split_whitespace();
+        let flags = u32::from_str_radix(words.nth(3)?, 16).ok()?;
+        words.nth(3).filter(|path| flags & ACCEPTS != 0 && path.ends_with("/containerd.sock"))
+    })
+}
+
 /// The first line that it prints about its version.
 async fn first_line(program: &Path) -> Result<String, String> {
     let output = Command::new(program).arg("--version").stdin(std::process::Stdio::null()).kill_on_drop(true).output();
@@ -73,5 +91,21 @@ async fn first_line(program: &Path) -> Result<String, String> {
             let line: String = said.lines().next().unwrap_or_default().trim().chars().take(200).collect();
             if output.status.success() { Ok(line) } else { Err(format!("{}: {line}", output.status)) }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::listening;
+
+    #[test]
+    fn a_containerd_within_another_program_is_found() {
+        let table = "Num       RefCount Protocol Flags    Type St Inode Path\n\
+            0000000000000000: 00000003 00000000 00000000 0001 03 20671 /run/old/containerd.sock\n\
+            0000000000000000: 00000002 00000000 00010000 0001 01 20672 /run/k3s/containerd/containerd.sock.ttrpc\n\
+            0000000000000000: 00000003 00000000 00000000 0001 03 20673\n\
+            0000000000000000: 00000002 00000000 00010000 0001 01 20674 /run/k3s/containerd/containerd.sock\n";
+        assert_eq!(listening(table), Some("/run/k3s/containerd/containerd.sock"));
+        assert_eq!(listening(table.lines().next().unwrap_or_default()), None);
     }
 }

@@ -53,6 +53,19 @@ pub enum BindError {
         #[source]
         source: nix::Error,
     },
+    /// mount(2) does not cover the one with the other.
+    #[error(
+        "{from:?} on the host is {}, but {path:?} in the container is {}: bind a directory onto a directory, a file onto a file",
+        kind(*.directory), kind(!.directory)
+    )]
+    Kind {
+        /// What.
+        from: PathBuf,
+        /// Where.
+        path: PathBuf,
+        /// Whether the source is one.
+        directory: bool,
+    },
     /// mount(2) said no.
     #[error("cannot mount {from:?} on {path:?}")]
     Mount {
@@ -66,6 +79,10 @@ pub enum BindError {
     },
 }
 
+const fn kind(directory: bool) -> &'static str {
+    if directory { "a directory" } else { "a file" }
+}
+
 impl Bind {
     pub(super) fn mount(&self, root: &Path) -> Result<(), BindError> {
         let meta = std::fs::metadata(&self.source)
@@ -75,7 +92,14 @@ impl Bind {
         let failed = |source| BindError::Mount { from: self.source.clone(), path: self.destination.clone(), source };
         let recursive = parsed.flags & MsFlags::MS_REC;
         mount(Some(&self.source), &proc_path(&target), None::<&str>, MsFlags::MS_BIND | recursive, None::<&str>)
-            .map_err(failed)?;
+            .map_err(|source| match source {
+                Errno::ENOTDIR => BindError::Kind {
+                    from: self.source.clone(),
+                    path: self.destination.clone(),
+                    directory: meta.is_dir(),
+                },
+                source => failed(source),
+            })?;
         let rest = parsed.flags - MsFlags::MS_BIND - MsFlags::MS_REC;
         if !rest.is_empty() {
             // The descriptor is of what lies below the new mount: look the place up again.

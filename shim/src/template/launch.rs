@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use super::{Built, Order, build, clear_away};
-use crate::{config::Config, share, sys, task::chain};
+use crate::{config::Config, share, sys, task::chain, told};
 
 /// The only argument of such a process.
 pub const COMMAND: &str = "build-template";
@@ -88,6 +88,7 @@ pub fn serve() -> ExitCode {
 }
 
 fn try_serve() -> Result<ExitCode, ServeError> {
+    told::warnings(say);
     let mut order = Vec::new();
     io::stdin().take(MAX_ORDER).read_to_end(&mut order).map_err(ServeError::Order)?;
     let order: Order = serde_json::from_slice(&order).map_err(|error| ServeError::Order(error.into()))?;

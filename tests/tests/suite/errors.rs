@@ -27,7 +27,7 @@ crate::errors! {
     // containerd has a part in what is said of these, or words it.
     Vms: pause, log_binary, pod_without_shim, shim_killed_in_boot, shim_killed, kill_finished;
     Once:
-        config_missing, config_directory, config_relative, config_syntax, config_unknown_key, config_unknown_table,
+        config_missing, config_directory, config_relative, config_syntax, config_key_twice, config_unknown_key, config_unknown_table,
         config_body, config_bad_value, config_out_of_range, config_relative_value, annotation_unknown,
         annotation_value, annotation_of_pod, memory_of_pod, files_later, snapshot_required, vcpus_too_many,
         memory_too_large, limit_too_large, host_network, host_pid, host_ipc, host_uts, network_missing, no_program,
@@ -98,6 +98,10 @@ fn config_relative(env: &Env) -> Result<String> {
 
 fn config_syntax(env: &Env) -> Result<String> {
     refused(with(env, |s| s.raw("[guest]\nkernel = = \"/x\"\n")))
+}
+
+fn config_key_twice(env: &Env) -> Result<String> {
+    refused(with(env, |s| s.raw("[guest]\nkernel = \"/x\"\nkernel = \"/y\"\n")))
 }
 
 fn config_unknown_key(env: &Env) -> Result<String> {

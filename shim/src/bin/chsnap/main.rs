@@ -2,7 +2,7 @@
 
 use std::{error::Error, io, io::Write, process::ExitCode};
 
-use chsnap::task::chain;
+use chsnap::{task::chain, told};
 use clap::{Parser, Subcommand};
 
 mod build;
@@ -38,6 +38,8 @@ enum Command {
 type Outcome = Result<ExitCode, Box<dyn Error>>;
 
 fn main() -> ExitCode {
+    // The error at the end is the one line that must be; what went less well on the way comes before it.
+    told::warnings(|line| drop(writeln!(io::stderr(), "chsnap: {line}")));
     let outcome = match Cli::parse().command {
         Command::Doctor(args) => doctor::run(&args),
         Command::Ps(args) => ps::run(&args),
