@@ -38,6 +38,8 @@ const THEIR_OPEN_FILES: u64 = 1 << 20;
 enum AgentError {
     #[error("unknown argument {0:?}; known are --unix PATH and --cgroup-root PATH")]
     Argument(String),
+    #[error("this is no guest: the agent is the first process of one, and anywhere else wants --unix PATH")]
+    NotInit,
     #[error("cannot start")]
     Start(#[source] io::Error),
     #[error("cannot serve")]
@@ -92,6 +94,10 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), AgentError> {
     let arguments = arguments()?;
+    // It would write into the host's /run and /dev, and set its clock.
+    if arguments.unix.is_none() && std::process::id() != 1 {
+        return Err(AgentError::NotInit);
+    }
     let start = |e: nix::Error| AgentError::Start(e.into());
     // Where it may not be raised, outside a VM, there are fewer streams, and fewer files for all.
     let _ = setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, THEIR_OPEN_FILES);

@@ -361,3 +361,11 @@ async fn the_guest_powers_off(mut guest: Guest) {
     assert!(status.success(), "{status}");
     assert!(!guest.console().contains("panic"), "{}", guest.console());
 }
+
+#[test]
+fn it_does_not_take_a_host_for_its_guest() {
+    let output = Command::new(env!("CARGO_BIN_EXE_chsnap-agent")).stdin(Stdio::null()).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.starts_with("chsnap-agent: fatal: this is no guest"), "{said}");
+}

@@ -204,14 +204,19 @@ async fn tell(epoll: Epoll, watch: AsyncFd<OwnedFd>, told: Arc<Told>) {
 
 #[cfg(test)]
 mod tests {
-    use std::{future::poll_fn, io::Write as _, os::unix::net::UnixStream};
+    use std::{future::poll_fn, io::Write as _, os::unix::net::UnixStream, time::Duration};
 
     use futures::poll;
+    use tokio::time::timeout;
 
     use super::*;
 
     #[tokio::test]
     async fn a_change_is_told_to_both_directions_whoever_looks_first() {
+        timeout(Duration::from_secs(20), both_are_told()).await.expect("a change was told to nobody");
+    }
+
+    async fn both_are_told() {
         let (ours, mut theirs) = UnixStream::pair().expect("a pair");
         let ours = File::from(OwnedFd::from(ours));
         let changes = Changes::of(&ours).expect("epoll");
