@@ -11,10 +11,10 @@ use std::{
     time::Duration,
 };
 
-use chsnap::agent::{Agent, AgentError};
+use chsnap::agent::{Agent, AgentError, Fresh};
 use chsnap_protocol::{
     MAX_CHUNK,
-    agent::{InfoResponse, ReadStreamResponse, StatsResponse, WaitProcessResponse},
+    agent::{InfoResponse, ReadStreamResponse, ResumeResponse, StatsResponse, WaitProcessResponse},
     session,
 };
 use proptest::{collection::vec, prelude::*};
@@ -113,6 +113,20 @@ fn a_guest_that_sleeps_over_a_request_is_woken() {
         tokio::spawn(guest(theirs, vec![answer(0, info()), Vec::new(), woken]));
         let (agent, _) = Agent::open(Box::new(ours), Duration::from_secs(2)).await.unwrap();
         agent.stats("c").await.unwrap();
+    });
+}
+
+/// Whoever restores it takes it down then.
+#[test]
+fn a_guest_that_is_not_made_one_of_its_own_is_an_error() {
+    let resumed = async |answers| met(answers).await.resume(Fresh::new().unwrap(), false).await;
+    block_on(async {
+        let refused = resumed(vec![refusal(1, Code::INTERNAL, "no entropy")]).await.unwrap_err();
+        assert!(matches!(&refused, AgentError::Refused { message, .. } if message == "no entropy"), "{refused}");
+        // Its clock is what it was when it was saved, however often it is set.
+        let saved = ResumeResponse { wall_clock_ns: 1, ..Default::default() }.write_to_bytes().unwrap();
+        let wrong = resumed((1..20).map(|number| answer(number, saved.clone())).collect()).await.unwrap_err();
+        assert!(matches!(wrong, AgentError::Nonsense { call: "SetClock", .. }), "{wrong}");
     });
 }
 

@@ -94,9 +94,22 @@ pub(crate) async fn start(
     origin: Origin<'_>,
     virtiofsd: &mut Virtiofsd,
 ) -> Result<Box<dyn Vm>, StartError> {
-    let started = match origin {
-        Origin::Boot => driver.boot(spec).await,
-        Origin::Snapshot(_, from) => driver.restore(spec, from).await,
+    let starting = async {
+        match origin {
+            Origin::Boot => driver.boot(spec).await,
+            Origin::Snapshot(_, from) => driver.restore(spec, from).await,
+        }
+    };
+    tokio::pin!(starting);
+    let started = tokio::select! {
+        biased;
+        started = &mut starting => started,
+        ended = virtiofsd.ended() => match ended.clean {
+            // The VMM's end is behind it, and is told in a moment.
+            true => starting.await,
+            // Cloud Hypervisor tries for a minute to connect to it.
+            false => return Err(StartError::VirtiofsdEnded(ended.how)),
+        },
     };
     match started {
         Ok(vm) => Ok(vm),

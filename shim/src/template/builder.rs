@@ -20,7 +20,7 @@ use crate::{
         machine::{self, Origin, Patience},
     },
     share::{self, Share, Virtiofsd, VirtiofsdProgram},
-    snapshot::{BuildError, Building, Inputs, Kind, Ladder, Machine, Refusal, Store},
+    snapshot::{BuildError, Building, Inputs, Key, Kind, Ladder, Machine, Refusal, Store},
     task::chain,
     vmm::{self, Driver, Rung, Vm, VmSpec},
 };
@@ -94,7 +94,9 @@ impl Workshop<'_> {
             return Err(TemplateError::NoRung(why));
         }
         let rungs = footing.from.and_barer();
-        let attempt = async |rung, refusals: &[Refusal]| self.attempt(rung, refusals, scout, tell).await;
+        // Nobody has seen it work here, or somebody wants that seen again.
+        let unproven = ladder.outcome(&footing).is_none();
+        let attempt = async |rung, refusals: &[Refusal]| self.attempt(rung, unproven, refusals, scout, tell).await;
         let Climbed { on, refusals } = climb(rungs, Rung::moot, known.as_ref(), attempt).await?;
         let Some((rung, built)) = on else {
             ladder.learn(footing, None, refusals);
@@ -118,11 +120,12 @@ impl Workshop<'_> {
     async fn attempt(
         &mut self,
         rung: Rung,
+        unproven: bool,
         refusals: &[Refusal],
         scout: &mut Scout,
         tell: &mut dyn FnMut(&str),
     ) -> Step<Built, TemplateError> {
-        match self.on_rung(rung, refusals, scout, tell).await {
+        match self.on_rung(rung, unproven, refusals, scout, tell).await {
             Ok(built) => Step::Works(built),
             Err(Unbuilt::Rung(error)) => {
                 tell(&format!("{rung}: {}", chain(&error)));
@@ -135,6 +138,7 @@ impl Workshop<'_> {
     async fn on_rung(
         &mut self,
         rung: Rung,
+        unproven: bool,
         refusals: &[Refusal],
         scout: &mut Scout,
         tell: &mut dyn FnMut(&str),
@@ -148,7 +152,13 @@ impl Workshop<'_> {
         if let Some(failure) = ladder.failure(&key).filter(|_| self.order.beside) {
             return Err(TemplateError::Lately(failure.why.clone()).into());
         }
-        let building = match self.store.build(inputs) {
+        let building = match self.store.build(inputs.clone()) {
+            Err(BuildError::Exists { .. }) if unproven && !self.still_works(&*driver, rung, &key, tell).await? => {
+                self.store.build(inputs)
+            }
+            building => building,
+        };
+        let building = match building {
             Ok(building) => building,
             Err(BuildError::Exists { key }) => return Ok(Built::There(key)),
             Err(error) => return Err(TemplateError::from(error).into()),
@@ -171,6 +181,38 @@ impl Workshop<'_> {
             }
             error.into()
         })
+    }
+
+    /// Restores the snapshot that is there by way of trial. One that fails the trial is removed, so that another one is built:
+    /// what it depends on may not all be in its key.
+    async fn still_works(
+        &self,
+        driver: &dyn Driver,
+        rung: Rung,
+        key: &Key,
+        tell: &mut dyn FnMut(&str),
+    ) -> Result<bool, TemplateError> {
+        // What cannot be used is whoever builds its successor's to displace.
+        let Ok(Some(there)) = self.store.find(key) else { return Ok(true) };
+        tell(&format!("{rung}: restoring {}, which is there, by way of trial", key.short()));
+        match self.restore(driver, rung, there.dir()).await {
+            Ok(()) => Ok(true),
+            Err(error) if error.is_for_want_of_room() || error.is_silence() => Err(TemplateError::Room(error)),
+            Err(error) => {
+                tell(&format!("{rung}: {}", chain(&error)));
+                drop(there);
+                self.store.remove(key).map_err(TemplateError::Spent)?;
+                Ok(false)
+            }
+        }
+    }
+
+    async fn restore(&self, driver: &dyn Driver, rung: Rung, from: &Path) -> Result<(), RungError> {
+        let spec = machine::spec(&self.order.config, self.order.shape(), self.ground.dir(), self.ground.cgroups());
+        let restored = machine::templates_spec(spec, Kind::Base, rung);
+        let trial = self.start(driver, &restored, Origin::Snapshot(Kind::Base, from)).await;
+        trial.map_err(RungError::Trial)?.end().await;
+        Ok(())
     }
 
     /// A file that was replaced since its digest was taken may be in the template, or may not.
@@ -204,8 +246,8 @@ impl Workshop<'_> {
     ) -> Result<(), Unbuilt> {
         let config = &self.order.config;
         let spec = machine::spec(config, self.order.shape(), self.ground.dir(), self.ground.cgroups());
-        let restored = machine::templates_spec(spec, Kind::Base, rung);
-        let template = VmSpec { snapshot_dir: Some(into.to_owned()), ..restored.clone() };
+        let template =
+            VmSpec { snapshot_dir: Some(into.to_owned()), ..machine::templates_spec(spec, Kind::Base, rung) };
         let running = match self.start(driver, &template, Origin::Boot).await {
             Ok(running) => running,
             // On the rung on which pods boot, that says nothing about rungs.
@@ -217,9 +259,7 @@ impl Workshop<'_> {
         running.end().await;
         saved.map_err(RungError::Save)?;
         tell(&format!("{rung}: restoring it by way of trial"));
-        let trial = self.start(driver, &restored, Origin::Snapshot(Kind::Base, into)).await;
-        trial.map_err(RungError::Trial)?.end().await;
-        Ok(())
+        Ok(self.restore(driver, rung, into).await?)
     }
 
     /// A machine whose agent answers; where it fails, nothing of it runs. What is restored may take as long as a boot:

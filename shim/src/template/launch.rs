@@ -21,6 +21,8 @@ use crate::{config::Config, share, sys, task::chain, told};
 
 /// The only argument of such a process.
 pub const COMMAND: &str = "build-template";
+/// Begins those of its lines that are for every level of log.
+const WARNING: &str = "warning: ";
 /// An order is a configuration; a larger one is none.
 const MAX_ORDER: u64 = 1 << 20;
 
@@ -66,7 +68,10 @@ async fn listen(mut child: Child, config: Config) {
     if let Some(stdout) = child.stdout.take() {
         let mut lines = BufReader::new(stdout).lines();
         while let Ok(Some(line)) = lines.next_line().await {
-            log::info!("template: {line}");
+            match line.strip_prefix(WARNING) {
+                Some(warning) => log::warn!("template: {warning}"),
+                None => log::info!("template: {line}"),
+            }
         }
     }
     // Else the remains would wait for the next builder.
@@ -88,7 +93,7 @@ pub fn serve() -> ExitCode {
 }
 
 fn try_serve() -> Result<ExitCode, ServeError> {
-    told::warnings(say);
+    told::warnings(|line| say(&format!("{WARNING}{line}")));
     let mut order = Vec::new();
     io::stdin().take(MAX_ORDER).read_to_end(&mut order).map_err(ServeError::Order)?;
     let order: Order = serde_json::from_slice(&order).map_err(|error| ServeError::Order(error.into()))?;

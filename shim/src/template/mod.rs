@@ -9,11 +9,12 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
+    agent::AgentError,
     config::{Config, Overrides, Shape},
     origin::{OriginError, Place},
     sandbox::{Blueprint, DirError, StartError},
     share::{Overlay, RootMount, VirtiofsdError},
-    snapshot::{BuildError, InputsError, Key, OpenError},
+    snapshot::{BuildError, EvictError, InputsError, Key, OpenError},
     task::chain,
     vmm::{SelectError, SnapshotError},
 };
@@ -123,6 +124,9 @@ pub enum TemplateError {
     /// Its machine had to give way, or had no room: that says nothing about the rung.
     #[error("the host had no room for it, or somebody killed it")]
     Room(#[source] RungError),
+    /// The one that is there works no more, and cannot be replaced.
+    #[error("the snapshot that is there fails its trial restore, and cannot be removed")]
+    Spent(#[source] EvictError),
     /// It did not work lately.
     #[error("it failed a short while ago: {0}")]
     Lately(String),
@@ -150,15 +154,23 @@ impl RungError {
     fn is_for_want_of_room(&self) -> bool {
         const TELLING: [&str; 4] =
             ["(SIGKILL)", "No space left on device", "Cannot allocate memory", "Disk quota exceeded"];
+        // No rung has to do with who serves the files.
+        if matches!(self, Self::Start(StartError::VirtiofsdEnded(_)) | Self::Trial(StartError::VirtiofsdEnded(_))) {
+            return true;
+        }
         let text = chain(self);
         TELLING.iter().any(|telling| text.contains(telling))
     }
 }
 
 impl RungError {
-    /// Whether there was no answer in time: the rung may work on a host that has less to do.
+    /// Whether there was no answer in time, or none soon enough to set a clock by: the rung may work on a host that has less to
+    /// do.
     fn is_silence(&self) -> bool {
-        chain(self).contains("did not answer")
+        let late = |error: &StartError| {
+            matches!(error, StartError::Agent(AgentError::Clock { .. }) | StartError::Resume(AgentError::Clock { .. }))
+        };
+        matches!(self, Self::Start(error) | Self::Trial(error) if late(error)) || chain(self).contains("did not answer")
     }
 }
 
@@ -193,14 +205,18 @@ mod tests {
             RungError::Save(SnapshotError::Control(ControlError::Refused { command, answer }))
         };
         let trial = |how: &str| RungError::Trial(StartError::Died { how: how.into() });
-        for error in
-            [saved("Unable to write to file: No space left on device"), trial("the VMM ended (signal: 9 (SIGKILL))")]
-        {
+        for error in [
+            saved("Unable to write to file: No space left on device"),
+            trial("the VMM ended (signal: 9 (SIGKILL))"),
+            RungError::Trial(StartError::VirtiofsdEnded("exit status: 1".into())),
+        ] {
             assert!(error.is_for_want_of_room(), "{}", chain(&error));
         }
         let late =
             RungError::Save(SnapshotError::Control(ControlError::Late { command: "stop".into(), seconds: 60.0 }));
         assert!(late.is_silence() && !late.is_for_want_of_room() && !trial("the VMM ended").is_silence());
+        let clock = RungError::Trial(StartError::Resume(AgentError::Clock { most_ms: 70 }));
+        assert!(clock.is_silence() && !clock.is_for_want_of_room());
         for error in [saved("SetSysRegister(Invalid argument (os error 22))"), trial("the VMM ended (exit status: 1)")]
         {
             assert!(!error.is_for_want_of_room(), "{}", chain(&error));

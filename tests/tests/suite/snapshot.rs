@@ -17,14 +17,14 @@ use crate::{
     share::Tmpfs,
     snapshot_ladder::{
         ladder_restore, ladder_restore_aggressive, ladder_restore_no_pmu, ladder_save, ladder_save_aggressive,
-        ladder_save_no_pmu,
+        ladder_save_no_pmu, ladder_spent,
     },
 };
 
 crate::cases! {
     Vms: restored;
     Once: clones, built_beside, off_and_required, not_restored, spoilt, ladder_restore, ladder_restore_no_pmu,
-          ladder_restore_aggressive, ladder_save, ladder_save_no_pmu, ladder_save_aggressive, builder_killed, one_at_a_time, store_full;
+          ladder_restore_aggressive, ladder_save, ladder_save_no_pmu, ladder_save_aggressive, ladder_spent, builder_killed, one_at_a_time, store_full;
 }
 
 /// A template boots, is saved, restored, and its digests are taken.

@@ -1,6 +1,6 @@
 //! Climbing down the ladder, with VMMs that fail where those of some arm64 hosts do.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use chsnap_tests::{Env, Settings, eventually};
@@ -36,6 +36,31 @@ pub fn ladder_restore(env: &Env) -> Result<()> {
 
 pub fn ladder_save(env: &Env) -> Result<()> {
     climbs(env, "save", NOT_SAVED, None)
+}
+
+/// What a VMM no longer restores, for a reason that no key has, is tried again where somebody asks for that, and gives way.
+pub fn ladder_spent(env: &Env) -> Result<()> {
+    let broken = env.dir.join("broken");
+    let faulty = Faulty { at: "restore", text: NOT_RESTORED, unless: None, only: Some(&broken), hangs: None };
+    let settings = faulty.set(own(env), env, "spent")?;
+    let retry = || env.chsnap_with(&settings, ["doctor", "--retry"])?.output();
+    build(env, &settings)?.text()?;
+    fs::write(&broken, "")?;
+    let there = build(env, &settings)?.output()?.success()?;
+    ensure!(!there.stderr.contains("by way of trial") && list(env, &settings)?.len() == 1, "{}", there.whole());
+    retry()?;
+    let refused = build(env, &settings)?.output()?;
+    ensure!(refused.code != 0 && refused.stderr.contains("which is there, by way of trial"), "{}", refused.whole());
+    ensure!(refused.stderr.contains(NOT_RESTORED) && list(env, &settings)?.is_empty(), "{}", refused.whole());
+    fs::remove_file(&broken)?;
+    retry()?;
+    build(env, &settings)?.text()?;
+    retry()?;
+    let works = build(env, &settings)?.output()?.success()?;
+    ensure!(works.stderr.contains("which is there, by way of trial"), "{}", works.whole());
+    let started = container(env, &settings).sh("sleep 1000").start()?;
+    is_base(env, &started)?;
+    started.remove()
 }
 
 /// Without which feature it works, and which rung that is.
