@@ -14,7 +14,7 @@ use nix::{
     errno::Errno,
     fcntl::{OFlag, OpenHow, ResolveFlag, openat2, readlinkat},
     mount::{MsFlags, mount},
-    sys::stat::{Mode, mkdirat},
+    sys::stat::{Mode, SFlag, fstat, mkdirat},
 };
 use thiserror::Error;
 
@@ -55,15 +55,13 @@ pub enum BindError {
     },
     /// mount(2) does not cover the one with the other.
     #[error(
-        "{from:?} on the host is {}, but {path:?} in the container is {}: bind a directory onto a directory, a file onto a file",
-        kind(*.directory), kind(!.directory)
+        "{path:?} in the container is {}, but what is to be mounted there is {}: a directory covers a directory, a file a file",
+        kind(!.directory), kind(*.directory)
     )]
     Kind {
-        /// What.
-        from: PathBuf,
         /// Where.
         path: PathBuf,
-        /// Whether the source is one.
+        /// Whether what is to be mounted is one.
         directory: bool,
     },
     /// mount(2) said no.
@@ -92,14 +90,7 @@ impl Bind {
         let failed = |source| BindError::Mount { from: self.source.clone(), path: self.destination.clone(), source };
         let recursive = parsed.flags & MsFlags::MS_REC;
         mount(Some(&self.source), &proc_path(&target), None::<&str>, MsFlags::MS_BIND | recursive, None::<&str>)
-            .map_err(|source| match source {
-                Errno::ENOTDIR => BindError::Kind {
-                    from: self.source.clone(),
-                    path: self.destination.clone(),
-                    directory: meta.is_dir(),
-                },
-                source => failed(source),
-            })?;
+            .map_err(failed)?;
         let rest = parsed.flags - MsFlags::MS_BIND - MsFlags::MS_REC;
         if !rest.is_empty() {
             // The descriptor is of what lies below the new mount: look the place up again.
@@ -176,7 +167,13 @@ fn names(path: &Path) -> Vec<OsString> {
 pub(super) fn make_mountpoint(root: &Path, place: &Path, directory: bool) -> Result<OwnedFd, BindError> {
     let failed = |source| BindError::Mountpoint { path: place.into(), source };
     match open_in_root(root, place, OFlag::O_PATH, Mode::empty()) {
-        Ok(found) => return Ok(found),
+        Ok(found) => {
+            let is = SFlag::from_bits_truncate(fstat(&found).map_err(failed)?.st_mode & SFlag::S_IFMT.bits());
+            return match (is == SFlag::S_IFDIR) == directory {
+                true => Ok(found),
+                false => Err(BindError::Kind { path: place.into(), directory }),
+            };
+        }
         Err(Errno::ENOENT) => {}
         Err(e) => return Err(failed(e)),
     }
@@ -274,5 +271,17 @@ mod tests {
         assert!(root.path().join("a/b/c.txt").is_file());
         make_mountpoint(root.path(), Path::new("/a/d/e"), true).unwrap();
         assert!(root.path().join("a/d/e").is_dir());
+    }
+
+    #[test]
+    fn what_is_there_has_to_be_of_the_same_kind() {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::write(root.path().join("file"), "").unwrap();
+        symlink("/", root.path().join("up")).unwrap();
+        for (place, directory) in [("/file", true), ("/up", false)] {
+            make_mountpoint(root.path(), Path::new(place), !directory).unwrap();
+            let error = make_mountpoint(root.path(), Path::new(place), directory).unwrap_err();
+            assert!(matches!(error, BindError::Kind { .. }), "{error}");
+        }
     }
 }

@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use anyhow::Result;
-use chsnap_tests::{Env, Tools, Vmm};
+use chsnap_tests::{Env, Tools, Vmm, ways::Way};
 
 /// Where a case makes sense.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +77,33 @@ macro_rules! errors {
         )*)*];
     };
 }
+
+/// In which ways the pods of a case about containers can start.
+pub fn ways(case: &Case) -> impl Iterator<Item = Way> {
+    let (booted, unsaved) = (BOOTED.contains(&case.name), UNSAVED.contains(&case.name));
+    Way::ALL.into_iter().filter(move |way| match way {
+        Way::Direct => true,
+        Way::Base => !booted,
+        Way::Image => !booted && !unsaved,
+    })
+}
+
+/// Their guests are of a size of their own, of which no snapshot is built, or settings want them booted.
+const BOOTED: [&str; 5] = ["shape", "out_of_memory", "child_out_of_memory", "containerd_ends_in_boot", "longest_id"];
+/// Their containers are not what the launcher's snapshot is of: another directory, root, program or pod. `as_asked` and
+/// `built_like` have such ones with snapshots of their own.
+const UNSAVED: [&str; 10] = [
+    "foreground",
+    "detached",
+    "missing_program",
+    "results",
+    "native_snapshotter",
+    "read_only_root",
+    "two_containers",
+    "shared_cgroup",
+    "sandbox_without_vm",
+    "second_too_late",
+];
 
 /// Why one case cannot be provoked here.
 pub fn unprovokable(name: &str, vmm: Vmm) -> Option<&'static str> {

@@ -27,11 +27,18 @@ pub fn bind_source_missing(env: &Env) -> Result<String> {
 }
 
 pub fn bind_wrong_kind(env: &Env) -> Result<String> {
+    // The other way round, and one that the guest makes.
+    let other = refused(env.container().flags(["--mount", "type=bind,src=/etc,dst=/etc/passwd,options=rbind:noexec"]))?;
+    ensure!(
+        other.contains("\"/etc/passwd\" in the container is a file, but what is to be mounted there is a dir"),
+        "{other}"
+    );
     refused(env.container().flags(["--mount", "type=bind,src=/etc/hostname,dst=/etc,options=rbind:ro"]))
 }
 
 pub fn vmm_without_kvm(env: &Env) -> Result<String> {
-    let container = env.container().settings(|s| s.set("vmm", "accelerator", "\"tcg\""));
+    let container =
+        env.container().settings(|s| s.set("vmm", "choice", "\"qemu\"").set("vmm", "accelerator", "\"tcg\""));
     refused(container.annotation("io.chsnap.vmm", "cloud-hypervisor"))
 }
 

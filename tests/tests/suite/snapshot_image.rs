@@ -209,7 +209,11 @@ fn initialised(env: &Env) -> Result<()> {
 fn digest_of_layers(env: &Env, pod: &Started<'_>) -> Result<String> {
     let mounts = env.ctr().text(["snapshots", "mounts", "/", &pod.id])?;
     let lowers = mounts.split([' ', ',']).find_map(|word| word.strip_prefix("lowerdir=")).context("no layers")?;
-    let dirs = lowers.split(':').flat_map(|dir| ["--directory", dir, "."]);
+    digest(lowers.split(':'))
+}
+
+fn digest<'a>(dirs: impl Iterator<Item = &'a str>) -> Result<String> {
+    let dirs = dirs.flat_map(|dir| ["--directory", dir, "."]);
     // Without the times that reading changes.
     let tar = "tar --create --sort=name --xattrs --pax-option=delete=atime,delete=ctime --numeric-owner --file=-";
     let script = format!(r#"set -o pipefail; {tar} "$@" | sha256sum"#);
@@ -338,8 +342,9 @@ fn copied_root(env: &Env) -> Result<()> {
     let settings = imaged(env);
     let program = String::from(
         "import os, socket, time, snapshot_restore_py as s\n\
+         log = open('/log', 'a')\nlog.write('saved '); log.flush()\n\
          open('/warm', 'a').write('warm ')\nos.path.exists('/etc/debian_version') and os.remove('/etc/debian_version')\n\
-         def after():\n    if os.environ.get('WHO') == 'bad': raise ValueError('no database')\n\
+         def after():\n    if os.environ.get('WHO') == 'bad': raise ValueError('no database')\n    log.write('restored'); log.flush()\n\
          s.register_after_restore(after)\n\
          socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b'READY=1', os.environ['NOTIFY_SOCKET'])\n\
          while True: time.sleep(0.1)",
@@ -358,6 +363,13 @@ fn copied_root(env: &Env) -> Result<()> {
     let id = required.id.clone();
     required.ctr(&["container", "create"], &[], None)?.output()?.success()?;
     let required = Started::adopt(env, &id);
+    // Containers come and go; what is there before the first one runs is the image's.
+    let own = native(&id)?;
+    let all = fs::read_dir(own.parent().context("no directory of snapshots")?)?;
+    let all = all.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    ensure!(all.contains(&own) && all.len() > 1, "{own:?} of {all:?}");
+    let image = || digest(all.iter().filter(|dir| **dir != own).filter_map(|dir| dir.to_str()));
+    let before = image()?;
     let start = || {
         // ctr passes on the same file as before, which other calls have written since.
         settings.write(&env.dir)?;
@@ -382,6 +394,7 @@ fn copied_root(env: &Env) -> Result<()> {
     ensure!(good.sh("echo mine > /mine; cat /warm; ls /etc/debian_version || true")? == "warm");
     let dir = native(&good.id)?;
     ensure!(fs::read_to_string(dir.join("mine"))? == "mine\n", "what it writes is in its own directory");
+    ensure!(fs::read_to_string(dir.join("log"))? == "saved restored", "the file that it had open is in its own root");
     ensure!(fs::read_to_string(dir.join("warm"))? == "warm " && !dir.join("etc/debian_version").exists());
     good.remove()?;
     let bad = make("bad").start()?;
@@ -389,5 +402,6 @@ fn copied_root(env: &Env) -> Result<()> {
     let warm = eventually(Duration::from_secs(20), || bad.sh("cat /warm").ok().filter(|text| !text.is_empty()));
     ensure!(warm.as_deref() == Some("warm"), "what the template wrote was not taken back: {warm:?}");
     bad.remove()?;
+    ensure!(image()? == before, "the image has changed");
     env.chsnap_with(&settings, ["snapshot", "verify", "--all"])?.text().map(drop)
 }
