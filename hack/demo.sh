@@ -163,9 +163,9 @@ for id in demo-a demo-b; do
       sleep 0.02
     done
     ms=$(($(now_ms) - t0))
-    ask -f --unix-socket "$socket" http://pod/identity >"$DIR/runs/identity-$id.json"
+    status=$(ask -o "$DIR/runs/identity-$id.json" -w '%{http_code}' --unix-socket "$socket" http://pod/identity)
     ask -f --unix-socket "$socket" http://pod/ >"$DIR/runs/answer-$id.json"
-    record "$id" "$id" null "$ran" "$ms" 200
+    record "$id" "$id" null "$ran" "$ms" "$status"
   } &
   both+=($!)
 done

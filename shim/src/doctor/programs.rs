@@ -7,6 +7,7 @@ use tokio::{process::Command, time::timeout};
 use super::Check;
 use crate::{
     config::ShareConfig,
+    proc,
     program::{Scout, in_path, is_executable, numbers},
     share,
     task::chain,
@@ -49,11 +50,14 @@ pub(super) async fn containerd() -> Check {
     let name = "containerd";
     let mend = "install containerd 1.6 or newer; `ctr run --runtime io.containerd.chsnap.v2` then runs containers";
     let Some(path) = in_path("containerd") else {
-        let sockets = fs::read_to_string("/proc/net/unix").unwrap_or_default();
-        return match listening(&sockets) {
-            Some(socket) => Check::ok(name, format!("not in PATH; one listens at {socket}")),
-            None => Check::missing(name, "not in PATH, and none listens", mend),
+        // The name of a socket is whatever its owner wrote.
+        let sockets = fs::read("/proc/net/unix").unwrap_or_default();
+        let found = match (proc::named("containerd"), listening(&String::from_utf8_lossy(&sockets))) {
+            (Some(pid), _) => format!("process {pid}"),
+            (None, Some(socket)) => format!("one listens at {socket}"),
+            (None, None) => return Check::missing(name, "not in PATH, and none runs", mend),
         };
+        return Check::ok(name, format!("{found} (not in PATH)"));
     };
     let said = match first_line(&path).await {
         Ok(said) => said,
@@ -70,13 +74,13 @@ pub(super) async fn containerd() -> Check {
 
 /// The first socket of a containerd in a table as proc_net_unix(5) has it: number, references, protocol, flags, type, state,
 /// inode, path.
-fn listening(table: &str) -> Option<&str> {
+fn listening(table: &str) -> Option<String> {
     /// Of the flags (linux/net.h): somebody listens.
     const ACCEPTS: u32 = 1 << 16;
     table.lines().find_map(|line| {
         let mut words = line.split_whitespace();
         let flags = u32::from_str_radix(words.nth(3)?, 16).ok()?;
-        words.nth(3).filter(|path| flags & ACCEPTS != 0 && path.ends_with("/containerd.sock"))
+        words.nth(3).filter(|path| flags & ACCEPTS != 0 && path.ends_with("/containerd.sock")).map(Into::into)
     })
 }
 
@@ -105,7 +109,7 @@ mod tests {
             0000000000000000: 00000002 00000000 00010000 0001 01 20672 /run/k3s/containerd/containerd.sock.ttrpc\n\
             0000000000000000: 00000003 00000000 00000000 0001 03 20673\n\
             0000000000000000: 00000002 00000000 00010000 0001 01 20674 /run/k3s/containerd/containerd.sock\n";
-        assert_eq!(listening(table), Some("/run/k3s/containerd/containerd.sock"));
+        assert_eq!(listening(table).as_deref(), Some("/run/k3s/containerd/containerd.sock"));
         assert_eq!(listening(table.lines().next().unwrap_or_default()), None);
     }
 }

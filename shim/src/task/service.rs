@@ -145,6 +145,8 @@ impl Task for Api {
             return Ok(answer);
         }
         let guest = match container.init.life() {
+            // It waits in the guest, which does not tell its number before it runs.
+            Life::Created => vec![container.init.guest_pid()],
             Life::Running => self.0.machine().await?.agent().pids(&request.id).await.map_err(TaskError::from)?,
             _ => Vec::new(),
         };
