@@ -9,7 +9,7 @@ use std::{
 use chsnap_protocol::{SHARE_LATER, agent::InfoResponse};
 use tokio::{
     sync::watch,
-    task::AbortHandle,
+    task::{AbortHandle, yield_now},
     time::{timeout, timeout_at},
 };
 
@@ -94,21 +94,25 @@ pub(crate) async fn start(
     origin: Origin<'_>,
     virtiofsd: &mut Virtiofsd,
 ) -> Result<Box<dyn Vm>, StartError> {
-    let starting = async {
+    let mut starting = Box::pin(async {
         match origin {
             Origin::Boot => driver.boot(spec).await,
             Origin::Snapshot(_, from) => driver.restore(spec, from).await,
         }
-    };
-    tokio::pin!(starting);
+    });
     let started = tokio::select! {
         biased;
         started = &mut starting => started,
         ended = virtiofsd.ended() => match ended.clean {
             // The VMM's end is behind it, and is told in a moment.
             true => starting.await,
-            // Cloud Hypervisor tries for a minute to connect to it.
-            false => return Err(StartError::VirtiofsdEnded(ended.how)),
+            // Cloud Hypervisor tries for a minute to connect to it, and must not get through to the next one.
+            false => {
+                drop(starting);
+                // Whoever reaps the VMM kills it now, before there is another virtiofsd.
+                yield_now().await;
+                return Err(StartError::VirtiofsdEnded(ended.how));
+            }
         },
     };
     match started {

@@ -67,7 +67,10 @@ impl Store {
     }
 
     /// Has it out of the way, and removed once nobody uses it any more; there may be none.
-    pub(super) fn displace(&self, key: &Key) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// Where it stays.
+    pub fn displace(&self, key: &Key) -> io::Result<()> {
         match self.set_aside(&self.root.join(key.as_str()), key) {
             Ok(old) => {
                 self.sweep_or_log(&old);

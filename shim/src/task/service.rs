@@ -144,9 +144,10 @@ impl Task for Api {
             answer.processes = pause::pids(&container.init);
             return Ok(answer);
         }
+        let own = container.init.guest_pid();
         let guest = match container.init.life() {
             // It waits in the guest, which does not tell its number before it runs.
-            Life::Created => vec![container.init.guest_pid()],
+            Life::Created => vec![own],
             Life::Running => self.0.machine().await?.agent().pids(&request.id).await.map_err(TaskError::from)?,
             _ => Vec::new(),
         };
@@ -155,7 +156,7 @@ impl Task for Api {
         for pid in guest {
             let mut info = ProcessInfo::new();
             info.pid = pid;
-            if pid == container.init.guest_pid() {
+            if pid == own {
                 // By the VMM's number, as in State; the rest by the guest's.
                 info.pid = container.init.pid();
             } else if let Some(exec) = execs.iter().find(|e| e.guest_pid() == pid && e.life() == Life::Running) {

@@ -20,7 +20,7 @@ use crate::{
         machine::{self, Origin, Patience},
     },
     share::{self, Share, Virtiofsd, VirtiofsdProgram},
-    snapshot::{BuildError, Building, Inputs, Key, Kind, Ladder, Machine, Refusal, Store},
+    snapshot::{BuildError, Building, Inputs, Kind, Ladder, Machine, Refusal, Store},
     task::chain,
     vmm::{self, Driver, Rung, Vm, VmSpec},
 };
@@ -95,8 +95,9 @@ impl Workshop<'_> {
         }
         let rungs = footing.from.and_barer();
         // Nobody has seen it work here, or somebody wants that seen again.
-        let unproven = ladder.outcome(&footing).is_none();
-        let attempt = async |rung, refusals: &[Refusal]| self.attempt(rung, unproven, refusals, scout, tell).await;
+        let proven = ladder.outcome(&footing).and_then(|outcome| outcome.rung);
+        let attempt =
+            async |rung, refusals: &[Refusal]| self.attempt(rung, proven != Some(rung), refusals, scout, tell).await;
         let Climbed { on, refusals } = climb(rungs, Rung::moot, known.as_ref(), attempt).await?;
         let Some((rung, built)) = on else {
             ladder.learn(footing, None, refusals);
@@ -153,9 +154,16 @@ impl Workshop<'_> {
             return Err(TemplateError::Lately(failure.why.clone()).into());
         }
         let building = match self.store.build(inputs.clone()) {
-            Err(BuildError::Exists { .. }) if unproven && !self.still_works(&*driver, rung, &key, tell).await? => {
-                self.store.build(inputs)
-            }
+            Err(BuildError::Exists { .. }) if unproven => match self.still_works(&*driver, rung, &key, tell).await {
+                Ok(true) => return Ok(Built::There(key)),
+                Ok(false) => self.store.build(inputs),
+                Err(Unbuilt::Rung(error)) if error.is_for_want_of_room() => {
+                    let error = TemplateError::Room(error);
+                    ladder.failed(key, chain(&error));
+                    return Err(error.into());
+                }
+                Err(error) => return Err(error),
+            },
             building => building,
         };
         let building = match building {
@@ -181,38 +189,6 @@ impl Workshop<'_> {
             }
             error.into()
         })
-    }
-
-    /// Restores the snapshot that is there by way of trial. One that fails the trial is removed, so that another one is built:
-    /// what it depends on may not all be in its key.
-    async fn still_works(
-        &self,
-        driver: &dyn Driver,
-        rung: Rung,
-        key: &Key,
-        tell: &mut dyn FnMut(&str),
-    ) -> Result<bool, TemplateError> {
-        // What cannot be used is whoever builds its successor's to displace.
-        let Ok(Some(there)) = self.store.find(key) else { return Ok(true) };
-        tell(&format!("{rung}: restoring {}, which is there, by way of trial", key.short()));
-        match self.restore(driver, rung, there.dir()).await {
-            Ok(()) => Ok(true),
-            Err(error) if error.is_for_want_of_room() || error.is_silence() => Err(TemplateError::Room(error)),
-            Err(error) => {
-                tell(&format!("{rung}: {}", chain(&error)));
-                drop(there);
-                self.store.remove(key).map_err(TemplateError::Spent)?;
-                Ok(false)
-            }
-        }
-    }
-
-    async fn restore(&self, driver: &dyn Driver, rung: Rung, from: &Path) -> Result<(), RungError> {
-        let spec = machine::spec(&self.order.config, self.order.shape(), self.ground.dir(), self.ground.cgroups());
-        let restored = machine::templates_spec(spec, Kind::Base, rung);
-        let trial = self.start(driver, &restored, Origin::Snapshot(Kind::Base, from)).await;
-        trial.map_err(RungError::Trial)?.end().await;
-        Ok(())
     }
 
     /// A file that was replaced since its digest was taken may be in the template, or may not.
@@ -317,7 +293,7 @@ impl Running {
 }
 
 /// Why there is no template on one rung.
-enum Unbuilt {
+pub(super) enum Unbuilt {
     /// The rung does not work.
     Rung(RungError),
     /// It has nothing to do with the rung.

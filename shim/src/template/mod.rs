@@ -2,7 +2,9 @@
 //! which what was saved can be restored again, which is tried before anybody gets to see it.
 //!
 //! `builder` builds one, at a place of `ground`'s, `image` one with the image's process in it (`limit` says how much
-//! that may write, `ahead` has one built for pods to come), `launch` has that done by a process of its own beside a pod, `climb` is the ladder.
+//! that may write, `ahead` has one built for pods to come), `launch` has that done by a process of its own beside a pod, `climb` is the ladder, `prove` tries what is there again.
+
+use std::io;
 
 use chsnap_protocol::agent::InfoResponse;
 use serde::{Deserialize, Serialize};
@@ -14,7 +16,7 @@ use crate::{
     origin::{OriginError, Place},
     sandbox::{Blueprint, DirError, StartError},
     share::{Overlay, RootMount, VirtiofsdError},
-    snapshot::{BuildError, EvictError, InputsError, Key, OpenError},
+    snapshot::{BuildError, InputsError, Key, ListError, OpenError},
     task::chain,
     vmm::{SelectError, SnapshotError},
 };
@@ -28,6 +30,7 @@ mod image;
 mod image_tests;
 mod launch;
 mod limit;
+mod prove;
 
 pub use ahead::{Ahead, AheadError, StandIn};
 pub use builder::build;
@@ -125,8 +128,11 @@ pub enum TemplateError {
     #[error("the host had no room for it, or somebody killed it")]
     Room(#[source] RungError),
     /// The one that is there works no more, and cannot be replaced.
-    #[error("the snapshot that is there fails its trial restore, and cannot be removed")]
-    Spent(#[source] EvictError),
+    #[error("a snapshot that is there fails its trial restore, and cannot be removed")]
+    Spent(#[source] io::Error),
+    /// Which others there are.
+    #[error(transparent)]
+    List(ListError),
     /// It did not work lately.
     #[error("it failed a short while ago: {0}")]
     Lately(String),
