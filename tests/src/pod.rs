@@ -129,7 +129,10 @@ impl<'a> Container<'a> {
         if self.env.way != Way::Direct && self.is_ordinary() {
             let may_be_launched = self.env.way == Way::Image && self.image == IMAGE;
             let launched = if may_be_launched { ways::launched(&words, &command) } else { None };
-            ways::expect(self.env, &self.id, if launched.is_some() { Way::Image } else { Way::Base });
+            // A further one starts no VM.
+            if !self.is_further() {
+                ways::expect(self.env, &self.id, if launched.is_some() { Way::Image } else { Way::Base });
+            }
             (words, command) = launched.unwrap_or((words, command));
         }
         let mut run = self.env.ctr().under(wrapper).args(verb).args(flags);

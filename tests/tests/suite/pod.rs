@@ -3,7 +3,10 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use chsnap_tests::{Container, Env, IMAGE, Started, Tools, eventually, http, kill, patience};
+use chsnap_tests::{
+    Container, Env, IMAGE, Started, Tools, eventually, http, kill, patience,
+    ways::{self, Way},
+};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -149,6 +152,9 @@ fn longest_id(env: &Env) -> Result<()> {
     let id = "x".repeat(76);
     let container = env.container().id(&id).settings(|s| s.path("state", "dir", &state));
     let container = container.annotation("io.chsnap.expose", "8080,65535");
+    if env.way != Way::Direct {
+        ways::expect(env, &id, Way::Base);
+    }
     let in_default = |args: &[&str]| env.ctr().run(args).env("CONTAINERD_NAMESPACE", "default");
     in_default(&["image", "import"]).arg(&Tools::get().image).limit(Duration::from_secs(120)).text()?;
     let log = format!("file://{}", env.dir.join("log").display());
