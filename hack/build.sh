@@ -32,7 +32,8 @@ build_host() {
 build_agent() {
   local triple
   triple=$(rust_triple "$ARCH")
-  RUSTFLAGS="-C target-feature=+crt-static" \
+  # What a panic names is the same wherever the crates lie: the initramfs is the same on every machine.
+  RUSTFLAGS="-C target-feature=+crt-static --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}/registry/src=/registry" \
     cargo build --locked --profile agent --target "$triple" -p chsnap-agent
 }
 

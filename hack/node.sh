@@ -48,6 +48,9 @@ OUT=$STATE/out
 SOCKETS=/run/chsnap-dev/node-$(printf %s "$STATE" | sha256sum | cut -c1-12)
 START_TIMEOUT=${START_TIMEOUT:-120}
 
+# As a command that cannot be told of: what it would have come to is not known.
+lost() { (die "$1") || exit 125; }
+
 client() { python3 "$ROOT/hack/node/run.py" "$SOCKETS" "$@"; }
 
 # The process that keeps the node: it holds the lock and has written its id there.
@@ -136,7 +139,7 @@ boot() {
   until left=$((deadline - SECONDS)) && client ping --timeout $((left > 5 ? 5 : left > 1 ? left : 1)) 2>/dev/null; do
     if ! kill -0 "$pid" 2>/dev/null; then
       show_console
-      die "the $ARCH node has ended while booting: $(reasons 3)"
+      lost "the $ARCH node has ended while booting: $(reasons 3)"
     fi
     if [ $SECONDS -ge $deadline ]; then
       show_console
@@ -144,7 +147,7 @@ boot() {
       kill -TERM "$pid" 2>/dev/null || true
       wait "$pid" 2>/dev/null || true
       halt "$pid"
-      die "the $ARCH node did not come up in $START_TIMEOUT s"
+      lost "the $ARCH node did not come up in $START_TIMEOUT s"
     fi
     sleep 0.2
   done

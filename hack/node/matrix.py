@@ -5,7 +5,7 @@
 
 A row is an architecture, a VMM and its version, an accelerator, a machine, a kernel and a commit; a cell is a
 topic: how many cases passed of those that ran. --cases is what `suite --list` prints: a topic of which fewer
-cases had an outcome shows of how many, and replaces no whole one, unless something failed in it. Runs of one commit
+cases had an outcome shows of how many, and replaces none of which more had one, unless something failed in it. Runs of one commit
 share a row. An older commit's row stays until a row of the same machine has all of its topics.
 """
 
@@ -90,6 +90,12 @@ def has(row, topic):
     return 0 if text in ("–", "") else 1 if " of " in text else 2
 
 
+def much(row, topic):
+    """How much of a topic was run: of a part, how many cases."""
+    part = has(row, topic) == 1
+    return has(row, topic), int(re.search(r"/(\d+)", row[topic])[1]) if part else 0
+
+
 def merge(rows, topics, named, cells):
     """Puts the cells into the row of that name; `rows` and `topics` are changed."""
     # Two states of a tree are both called dirty, so these share no row.
@@ -97,14 +103,14 @@ def merge(rows, topics, named, cells):
     same = [r for r in rows if sure and all(r.get(c) == named[c] for c in [*FIXED, "commit"])]
     row = {**(same[0] if same else {}), **named}
     for topic, text in cells.items():
-        if has({topic: text}, topic) == 2 or has(row, topic) < 2 or text.startswith("**"):
+        if much({topic: text}, topic) >= much(row, topic) or text.startswith("**"):
             row[topic] = text
         if topic not in topics:
             topics.append(topic)
     rows[:] = [r for r in rows if r not in same]
 
     def covered(old):
-        return all(old.get(c) == row[c] for c in PLACE) and all(has(old, t) <= has(row, t) for t in topics)
+        return all(old.get(c) == row[c] for c in PLACE) and all(much(old, t) <= much(row, t) for t in topics)
 
     rows[:] = [r for r in rows if not covered(r)] + [row]
 

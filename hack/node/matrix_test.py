@@ -69,6 +69,15 @@ class Matrix(unittest.TestCase):
         self.run_of("c1", "qemu/2.1/exec", failed=["qemu/2.1/exec::a"])
         self.assertEqual(self.rows(), {("qemu", "c1"): ("**1/2 of 4**", "2/2")})
 
+    def test_a_smaller_part_hides_no_failure(self):
+        self.run_of("c1", "qemu/2.1/exec", failed=["qemu/2.1/exec::a"])
+        self.run_of("c1", "qemu/2.1/exec::b")
+        self.assertEqual(self.rows(), {("qemu", "c1"): ("**1/2 of 4**", "–")})
+        self.run_of("c2", "qemu/2.1/exec::b")
+        self.assertEqual(self.rows(), {("qemu", "c1"): ("**1/2 of 4**", "–"), ("qemu", "c2"): ("1/1 of 4", "–")})
+        self.run_of("c2", "qemu/2.1/exec")
+        self.assertEqual(self.rows(), {("qemu", "c2"): ("2/2 of 4", "–")})
+
     def test_another_commit_has_its_own_row_until_it_has_all(self):
         self.run_of("c1", "qemu/")
         self.run_of("c2", "qemu/2.1/exec", "rung")

@@ -45,14 +45,17 @@ pub fn tool(variable: &str, name: &str) -> Option<PathBuf> {
     found
 }
 
-/// A guest's directory with `vmlinux`, and `busybox` for an initramfs of our own.
+/// What a kernel that can be booted is called on this architecture.
+const KERNEL: &str = if cfg!(target_arch = "aarch64") { "Image" } else { "vmlinux" };
+
+/// A guest's directory with its kernel, and `busybox` for an initramfs of our own.
 fn guest() -> Option<PathBuf> {
     let arch = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
     let dir = env::var_os("CHSNAP_TEST_GUEST").map_or_else(|| target().join("guest").join(arch), PathBuf::from);
-    if dir.join("vmlinux").is_file() && dir.join("busybox").is_file() {
+    if dir.join(KERNEL).is_file() && dir.join("busybox").is_file() {
         return Some(dir);
     }
-    skip_without_setup(format!("no vmlinux and busybox in {dir:?}: set CHSNAP_TEST_GUEST, or run `make build`"));
+    skip_without_setup(format!("no {KERNEL} and busybox in {dir:?}: set CHSNAP_TEST_GUEST, or run `make build`"));
     None
 }
 
@@ -93,7 +96,7 @@ impl Bench {
         let spec = VmSpec {
             cpus: 1,
             memory_mib: 256,
-            kernel: guest.join("vmlinux"),
+            kernel: guest.join(KERNEL),
             initramfs: at("initramfs"),
             cmdline: vec![],
             share_socket: at("share.sock"),
