@@ -88,8 +88,9 @@ pub fn ways(case: &Case) -> impl Iterator<Item = Way> {
     })
 }
 
-/// Their guests are of a size of their own, of which no snapshot is built, or settings have them booted.
-const BOOTED: [&str; 6] = [
+/// Their guests are of a size of their own, of which no snapshot is built, or settings have them booted, or there is none.
+const BOOTED: [&str; 7] = [
+    "missing_program",
     "shape",
     "out_of_memory",
     "child_out_of_memory",
@@ -99,10 +100,9 @@ const BOOTED: [&str; 6] = [
 ];
 /// Their containers are not what the launcher's snapshot is of: another directory, root, program or pod. `as_asked` and
 /// `built_like` have such ones with snapshots of their own.
-const UNSAVED: [&str; 9] = [
+const UNSAVED: [&str; 8] = [
     "foreground",
     "detached",
-    "missing_program",
     "results",
     "native_snapshotter",
     "read_only_root",
