@@ -43,6 +43,9 @@ step() {
   [ $((SECONDS - start)) -lt 3 ] || say "$what: done in $((SECONDS - start)) s"
 }
 
+# node_sockets <state>: where the node with that state has its sockets. A path of one may have 107 bytes at most.
+node_sockets() { echo "/run/chsnap-dev/node-$(printf %s "$1" | sha256sum | cut -c1-12)"; }
+
 # processes_naming <string>: ids of the processes with that string in their command lines, but for this
 # script and what it runs.
 processes_naming() {

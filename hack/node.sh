@@ -44,12 +44,14 @@ CPUS=${CPUS:-2}
 MEMORY=${MEMORY:-6G}
 STATE=$TARGET/node/$ARCH${NAME:+-$NAME}
 OUT=$STATE/out
-# A socket's path may have 107 bytes at most.
-SOCKETS=/run/chsnap-dev/node-$(printf %s "$STATE" | sha256sum | cut -c1-12)
+SOCKETS=$(node_sockets "$STATE")
 START_TIMEOUT=${START_TIMEOUT:-120}
 
 # As a command that cannot be told of: what it would have come to is not known.
-lost() { (die "$1") || exit 125; }
+lost() {
+  say "error: $1"
+  exit 125
+}
 
 client() { python3 "$ROOT/hack/node/run.py" "$SOCKETS" "$@"; }
 

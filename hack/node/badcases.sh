@@ -9,8 +9,8 @@ ARCH=${1:-${ARCH:-$(host_arch)}}
 export ARCH NAME=badcases
 NODE=$ROOT/hack/node.sh
 STATE=$TARGET/node/$ARCH-$NAME
-# As node.sh names it: of three of the processes nothing else tells whose they are.
-SOCKETS=/run/chsnap-dev/node-$(printf %s "$STATE" | sha256sum | cut -c1-12)
+# Of three of the processes nothing else tells whose they are.
+SOCKETS=$(node_sockets "$STATE")
 WORK=$(mktemp -d "$LOGS/badcases.XXXXXX")
 finish() {
   "$NODE" stop || true

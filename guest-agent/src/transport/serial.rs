@@ -22,7 +22,6 @@ use std::{
 };
 
 use futures::task::AtomicWaker;
-
 use nix::{
     errno::Errno,
     sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
@@ -188,11 +187,12 @@ async fn tell(epoll: Epoll, watch: AsyncFd<OwnedFd>, told: Arc<Told>) {
         match epoll.wait(&mut events, EpollTimeout::ZERO) {
             Err(Errno::EINTR) => continue,
             Err(errno) => drop(told.broken.set(errno)),
-            Ok(0) => {
+            Ok(count) => {
                 ready.clear_ready();
-                continue;
+                if count == 0 {
+                    continue;
+                }
             }
-            Ok(_) => ready.clear_ready(),
         }
         told.input.tell();
         told.output.tell();

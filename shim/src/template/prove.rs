@@ -35,7 +35,6 @@ impl Workshop<'_> {
         tell(&format!("{rung}: {}", chain(&error)));
         let on = Footing::of(&there.manifest().inputs, rung);
         drop(there);
-        self.store.displace(key).map_err(TemplateError::Spent)?;
         for entry in self.store.list().map_err(TemplateError::List)? {
             let Ok(manifest) = entry.manifest else { continue };
             if manifest.inputs.rung == rung && Footing::of(&manifest.inputs, rung) == on {

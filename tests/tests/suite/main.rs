@@ -45,6 +45,7 @@ mod sizes;
 mod snapshot;
 mod snapshot_image;
 mod snapshot_image_built;
+mod snapshot_image_native;
 mod snapshot_ladder;
 mod stdio;
 mod watch;
@@ -166,7 +167,7 @@ fn trials() -> Vec<Trial> {
                 };
                 for (way, name) in named {
                     let watched = name.clone();
-                    let trial = Trial::test(name, move || run(&watched, vmm, version, (way, in_all), case));
+                    let trial = Trial::test(name, move || run(&watched, vmm, version, way, in_all, case));
                     trials.push(trial.with_ignored_flag(why_not.is_some() || unprovokable.is_some()));
                 }
             }
@@ -200,9 +201,8 @@ fn all() -> impl Iterator<Item = (&'static str, Case)> {
     topics.into_iter().flat_map(|(topic, cases)| cases.into_iter().map(move |case| (topic, case)))
 }
 
-/// `in_way`: how its pods start, and whether it is there to show that it works so.
-fn run(name: &str, vmm: Vmm, version: Version, in_way: (Way, bool), case: Case) -> Result<(), Failed> {
-    let (way, shows_it) = in_way;
+/// `shows_it`: the case is there to show that it works with pods that start in this way.
+fn run(name: &str, vmm: Vmm, version: Version, way: Way, shows_it: bool, case: Case) -> Result<(), Failed> {
     let began = Instant::now();
     let daemon = Containerd::of(version, LANE.with(|lane| *lane)).map_err(|e| format!("{e:#}"))?;
     let env = Env::new(daemon.clone(), vmm, way).map_err(|e| format!("{e:#}"))?;
