@@ -12,12 +12,15 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use thiserror::Error;
 use tokio::{process::Command, time::timeout};
 
-use crate::share::{CloneRoot, Overlay, RootMount};
+use crate::{
+    proc::Identity,
+    share::{CloneRoot, Overlay, RootMount},
+};
 
 /// containerd answers at once, or has other things to do.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
-/// What a view of an image is called, with the number of the process that made it and the image's chain ID.
+/// What a view of an image is called, with the process that made it and the image's chain ID.
 const VIEW: &str = "chsnap-view-";
 
 /// A container, and the containerd that has it.
@@ -158,11 +161,10 @@ impl Place {
     /// See [`OriginError`].
     pub async fn image_root(&self, client: &Path, chain_id: &str) -> Result<PathBuf, OriginError> {
         let Container { snapshotter, .. } = self.snapshot(client).await?;
-        let view = format!("{VIEW}{}-{}", std::process::id(), chain_id.trim_start_matches("sha256:"));
+        let view = format!("{VIEW}{}-{}", Identity::own(), chain_id.trim_start_matches("sha256:"));
         let shown = Container { snapshotter, snapshot_key: view.clone() };
         let of = ["snapshots", "--snapshotter", &shown.snapshotter];
-        // Perhaps one with this process's number, too.
-        self.remove_views(client, &shown.snapshotter, |left| left == view || is_left(left, VIEW)).await;
+        self.remove_views(client, &shown.snapshotter).await;
         self.say(client, &[&of[..], &["view", &view, chain_id]].concat()).await?;
         let mounts = self.mounts(client, &shown).await;
         self.say(client, &[&of[..], &["rm", &view]].concat()).await?;
@@ -173,14 +175,15 @@ impl Place {
     /// Removes the views of processes that were killed before they gave theirs back.
     pub async fn clear_views(&self, client: &Path) {
         // The one snapshotter whose roots are copies.
-        self.remove_views(client, "native", |left| is_left(left, VIEW)).await;
+        self.remove_views(client, "native").await;
     }
 
-    async fn remove_views(&self, client: &Path, snapshotter: &str, which: impl Fn(&str) -> bool) {
+    async fn remove_views(&self, client: &Path, snapshotter: &str) {
         let of = ["snapshots", "--snapshotter", snapshotter];
         let list = self.say(client, &[&of[..], &["ls"]].concat()).await.unwrap_or_default();
         let list = String::from_utf8_lossy(&list);
-        for left in list.lines().filter_map(|line| line.split_whitespace().next()).filter(|left| which(left)) {
+        let names = list.lines().filter_map(|line| line.split_whitespace().next());
+        for left in names.filter(|name| is_left(name, VIEW)) {
             let _ = self.say(client, &[&of[..], &["rm", left]].concat()).await;
         }
     }
@@ -199,7 +202,8 @@ impl Place {
         let command = || shown(client, args);
         let mut asked = Command::new(client);
         asked.args(["--address", &self.address, "--namespace", &self.namespace]).args(args);
-        asked.stdin(Stdio::null()).kill_on_drop(true);
+        // What it has begun with containerd it is to end, whatever signal a terminal sends.
+        asked.stdin(Stdio::null()).kill_on_drop(true).process_group(0);
         let output = match timeout(PATIENCE, asked.output()).await {
             Ok(Ok(output)) => output,
             Ok(Err(source)) => return Err(OriginError::Program { program: client.into(), source }),
@@ -230,10 +234,10 @@ impl Place {
     }
 }
 
-/// Whether the process is gone that made something of this name: `prefix`, its number, and perhaps more after a `-`.
+/// Whether the process is gone that made something of this name: `prefix`, which process, and perhaps more after a `-`.
 pub(crate) fn is_left(name: &str, prefix: &str) -> bool {
-    let number = name.strip_prefix(prefix).and_then(|rest| rest.split('-').next()?.parse::<u32>().ok());
-    number.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists())
+    let maker = name.strip_prefix(prefix).and_then(|rest| rest.split('-').next()?.parse::<Identity>().ok());
+    maker.is_some_and(|maker| !maker.lives())
 }
 
 fn shown(client: &Path, args: &[&str]) -> String {
@@ -316,23 +320,23 @@ mod tests {
     async fn a_view_is_its_maker_s_own_and_those_of_the_dead_are_removed() {
         let dir = tempfile::tempdir().unwrap();
         let (log, client) = (dir.path().join("log"), dir.path().join("ctr"));
-        let (root, other) = (dir.path().display(), std::os::unix::process::parent_id());
+        let (root, own) = (dir.path().display(), Identity::own());
         let script = format!(
             "#!/bin/sh\nshift 4; echo \"$*\" >>{log:?}\ncase \"$*\" in\n\
              containers*) echo '{{\"Snapshotter\": \"native\", \"SnapshotKey\": \"web\"}}';;\n\
-             *' ls') echo KEY PARENT KIND; echo {VIEW}4194999-ab sha256:ab View; echo {VIEW}{other}-ab sha256:ab View;;\n\
+             *' ls') echo KEY PARENT KIND; echo {VIEW}4194999.1-ab sha256:ab View; echo {VIEW}{own}-cd sha256:cd View;;\n\
              *' mounts '*) echo mount -t bind {root} / -o ro,rbind;;\nesac\n"
         );
         std::fs::write(&client, script).unwrap();
         std::fs::set_permissions(&client, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         assert_eq!(place("web").image_root(&client, "sha256:ab").await.unwrap(), dir.path());
-        let own = format!("{VIEW}{}-ab", std::process::id());
+        let own = format!("{VIEW}{own}-ab");
         let said = std::fs::read_to_string(&log).unwrap();
         let said: Vec<_> =
             said.lines().filter_map(|line| line.strip_prefix("snapshots --snapshotter native ")).collect();
         let expected = [
             "ls".to_owned(),
-            format!("rm {VIEW}4194999-ab"),
+            format!("rm {VIEW}4194999.1-ab"),
             format!("view {own} sha256:ab"),
             format!("mounts / {own}"),
             format!("rm {own}"),
@@ -342,9 +346,12 @@ mod tests {
 
     #[test]
     fn only_what_a_process_that_is_gone_has_made_is_left() {
-        assert!(!is_left(&format!("x-{}", std::process::id()), "x-"));
-        assert!(is_left("x-4194999", "x-") && is_left("x-4194999-ab", "x-"));
-        for other in ["web", "x-", "x-x", "y-4194999"] {
+        let own = Identity::own();
+        assert!(!is_left(&format!("x-{own}"), "x-") && !is_left(&format!("x-{own}-ab"), "x-"));
+        assert!(is_left("x-4194999.1", "x-") && is_left("x-4194999.1-ab", "x-"));
+        // Whoever has its number now did not make it.
+        assert!(is_left(&format!("x-{}.1-ab", std::process::id()), "x-"));
+        for other in ["web", "x-", "x-x", "y-4194999.1"] {
             assert!(!is_left(other, "x-"), "{other}");
         }
     }

@@ -11,7 +11,10 @@ use std::{
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::vmm::{Accelerator, VmmKind};
+use crate::{
+    proc::start_ticks,
+    vmm::{Accelerator, VmmKind},
+};
 
 const FILE: &str = "state.json";
 const HALF_WRITTEN: &str = ".state.json.new";
@@ -203,17 +206,6 @@ fn directories(path: &Path) -> io::Result<Vec<PathBuf>> {
         }
     }
     Ok(found)
-}
-
-/// Field 22 of `/proc/<pid>/stat`; none where there is no such process, or only its zombie.
-pub(crate) fn start_ticks(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field is the command's name, which may hold blanks and brackets; the third comes after the last ')'.
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    if fields.next()? == "Z" {
-        return None;
-    }
-    fields.nth(18)?.parse().ok()
 }
 
 #[cfg(test)]

@@ -74,7 +74,7 @@ pub(crate) fn before_exec(command: &mut Command, before: BeforeExec) {
 
 /// Lets a child live on without this process: in a session of its own, with nothing of ours open but its stdio, and in
 /// the mount namespace `home`, since what is mounted in ours would otherwise stay for as long as the child.
-pub(crate) fn detach(command: &mut Command, home: Option<&'static File>) {
+pub(crate) fn detach(command: &mut std::process::Command, home: Option<&'static File>) {
     let run = move || -> io::Result<()> {
         unistd::setsid()?;
         if let Some(home) = home {
@@ -84,7 +84,7 @@ pub(crate) fn detach(command: &mut Command, home: Option<&'static File>) {
         Ok(())
     };
     // SAFETY: the closure only makes direct system calls, on a descriptor that is never closed.
-    unsafe { command.pre_exec(run) };
+    unsafe { std::os::unix::process::CommandExt::pre_exec(command, run) };
 }
 
 /// Whether this is one: ioctl_nsfs(2), since Linux 4.11.

@@ -105,7 +105,8 @@ fn in_containerd(containerd: &Containerd) -> BTreeSet<String> {
     }
     for snapshotter in ["overlayfs", "native"] {
         all.extend(listed(&["snapshot", "--snapshotter", snapshotter, "ls"], &|line| {
-            line.trim_end().ends_with("Active").then(|| format!("{snapshotter} snapshot {line}"))
+            let line = line.trim_end();
+            (line.ends_with("Active") || line.ends_with("View")).then(|| format!("{snapshotter} snapshot {line}"))
         }));
     }
     all

@@ -1,5 +1,5 @@
 //! `containerd-shim-chsnap-v2`, as containerd runs it: `start`, `delete`, `-info`, `-v`, and the server itself. And, as the
-//! shim runs it beside a pod, the builder of a template.
+//! shim runs it beside a pod, the builder of a template and who clears away after that.
 
 use std::{env, process::ExitCode};
 
@@ -17,6 +17,9 @@ fn main() -> ExitCode {
     let args: Vec<_> = env::args_os().skip(1).collect();
     if args == [template::COMMAND] {
         return template::serve();
+    }
+    if args == [template::JANITOR] {
+        return template::clear();
     }
     let flags = match containerd_shim::parse(&args) {
         Ok(flags) => flags,

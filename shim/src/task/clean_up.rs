@@ -25,7 +25,7 @@ use tokio::{
 use ttrpc::{asynchronous::transport::Socket, context::Context};
 
 use super::{chain, create::DIR_FILE, server::RUNTIME};
-use crate::{cgroup::Cgroup, sandbox::PodDir, state::start_ticks};
+use crate::{cgroup::Cgroup, proc::start_ticks, sandbox::PodDir};
 
 /// For a shim to answer, which has nothing to do but that. containerd gives this action five seconds.
 const ANSWER: Duration = Duration::from_secs(2);

@@ -11,11 +11,12 @@ use super::Order;
 use crate::{
     config::{Config, Overrides, Ready, Shape},
     origin::{OriginError, Place, is_left},
+    proc::Identity,
     sandbox::{Blueprint, Plan, PlanError},
     share::CloneRoot,
 };
 
-/// What such containers are called, with the number of the process that made one.
+/// What such containers are called, with the process that made one.
 const NAME: &str = "chsnap-build-";
 
 /// Which container that would be.
@@ -82,7 +83,7 @@ impl StandIn {
         let place = Place {
             address: ahead.address.clone(),
             namespace: ahead.namespace.clone(),
-            container: format!("{NAME}{}", std::process::id()),
+            container: format!("{NAME}{}", Identity::own()),
         };
         Self::clear_away(&ahead.client, &place).await.map_err(failed)?;
         let mut args = vec!["containers", "create"];

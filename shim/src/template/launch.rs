@@ -2,10 +2,7 @@
 //! installed; and a process of its own, since the pod beside which it was begun may end at any time.
 
 use std::{
-    env,
-    ffi::OsStr,
     io::{self, Read, Write},
-    os::unix::process::ExitStatusExt,
     process::{ExitCode, Stdio},
 };
 
@@ -16,8 +13,8 @@ use tokio::{
     process::{Child, Command},
 };
 
-use super::{Built, Order, build, clear_away};
-use crate::{config::Config, share, sys, task::chain, told};
+use super::{Built, Janitor, Order, build, janitor::own_program};
+use crate::{share, sys, task::chain, told};
 
 /// The only argument of such a process.
 pub const COMMAND: &str = "build-template";
@@ -38,24 +35,25 @@ enum ServeError {
     /// Of the process.
     #[error("cannot set the process up")]
     Process(#[source] io::Error),
+    /// It could be killed.
+    #[error("cannot run who clears away after it")]
+    Janitor(#[source] io::Error),
 }
 
 /// Has a template built, for which nobody waits. What comes of it is logged, if this process is still there then.
 pub async fn launch(order: Order) {
     match spawn(&order).await {
-        Ok(child) => drop(tokio::spawn(listen(child, order.config))),
+        Ok(child) => drop(tokio::spawn(listen(child))),
         Err(error) => log::warn!("no template is built: cannot run the builder: {error}"),
     }
 }
 
 async fn spawn(order: &Order) -> io::Result<Child> {
     let order = serde_json::to_vec(order)?;
-    // The program of this process, although its file may have been replaced.
-    let mut command = Command::new("/proc/self/exe");
-    let name = env::args_os().next();
-    command.arg0(name.as_deref().unwrap_or(OsStr::new(COMMAND))).arg(COMMAND).current_dir("/");
+    let mut command = own_program(COMMAND);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
     sys::detach(&mut command, share::home());
+    let mut command = Command::from(command);
     let mut child = command.spawn()?;
     if let Some(mut stdin) = child.stdin.take() {
         stdin.write_all(&order).await?;
@@ -64,7 +62,7 @@ async fn spawn(order: &Order) -> io::Result<Child> {
 }
 
 /// Until it ends, or we do: then init inherits it.
-async fn listen(mut child: Child, config: Config) {
+async fn listen(mut child: Child) {
     if let Some(stdout) = child.stdout.take() {
         let mut lines = BufReader::new(stdout).lines();
         while let Ok(Some(line)) = lines.next_line().await {
@@ -74,10 +72,7 @@ async fn listen(mut child: Child, config: Config) {
             }
         }
     }
-    // Else the remains would wait for the next builder.
-    if child.wait().await.is_ok_and(|status| status.signal().is_some()) {
-        let _ = tokio::task::spawn_blocking(move || clear_away(&config)).await;
-    }
+    let _ = child.wait().await;
 }
 
 /// What such a process does. To be called while it has one thread.
@@ -97,6 +92,8 @@ fn try_serve() -> Result<ExitCode, ServeError> {
     let mut order = Vec::new();
     io::stdin().take(MAX_ORDER).read_to_end(&mut order).map_err(ServeError::Order)?;
     let order: Order = serde_json::from_slice(&order).map_err(|error| ServeError::Order(error.into()))?;
+    let place = order.image.as_ref().map(|image| (&*order.config.snapshot.ctr, &image.place));
+    let _janitor = Janitor::watch(&order.config, place).map_err(ServeError::Janitor)?;
     sys::stand_back().map_err(ServeError::Process)?;
     isolate().map_err(ServeError::Namespaces)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServeError::Process)?;

@@ -2,7 +2,8 @@
 //! which what was saved can be restored again, which is tried before anybody gets to see it.
 //!
 //! `builder` builds one, at a place of `ground`'s, `image` one with the image's process in it (`limit` says how much
-//! that may write, `ahead` has one built for pods to come), `launch` has that done by a process of its own beside a pod, `climb` is the ladder, `prove` tries what is there again.
+//! that may write, `ahead` has one built for pods to come), `launch` has that done by a process of its own beside a pod, after which
+//! `janitor` clears away if it is killed, `climb` is the ladder, `prove` tries what is there again.
 
 use std::io;
 
@@ -28,6 +29,7 @@ mod ground;
 mod image;
 #[cfg(test)]
 mod image_tests;
+mod janitor;
 mod launch;
 mod limit;
 mod prove;
@@ -36,6 +38,7 @@ pub use ahead::{Ahead, AheadError, StandIn};
 pub use builder::build;
 pub use ground::clear_away;
 pub use image::{ImageOrder, ProcessError};
+pub use janitor::{JANITOR, Janitor, clear};
 pub use launch::{COMMAND, isolate, launch, serve};
 pub use limit::ExcessError;
 

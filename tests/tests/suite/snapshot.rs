@@ -162,8 +162,17 @@ fn clones(env: &Env) -> Result<()> {
 
 /// The builders of this containerd's shims.
 pub fn builders(env: &Env) -> Vec<i32> {
-    let all = env.processes("containerd-shim").into_iter();
-    all.filter(|process| process.args.ends_with("build-template")).map(|process| process.pid).collect()
+    ending(env, "containerd-shim", "build-template")
+}
+
+/// Those who clear away after a build by hand.
+pub fn janitors(env: &Env) -> Vec<i32> {
+    ending(env, "chsnap", "clear-template")
+}
+
+fn ending(env: &Env, name: &str, argument: &str) -> Vec<i32> {
+    let all = env.processes(name).into_iter();
+    all.filter(|process| process.args.ends_with(argument)).map(|process| process.pid).collect()
 }
 
 /// The machine of a template: it is where it cannot take much.
@@ -318,27 +327,35 @@ fn spoilt(env: &Env) -> Result<()> {
 /// A builder that is killed, or given up, leaves nothing.
 fn builder_killed(env: &Env) -> Result<()> {
     let settings = own(env).set("snapshot", "builders", "1");
+    let builders_dir = env.daemon.pods().join(".builders");
     let pod = container(env, &settings).sh("sleep 1000").start()?;
     kill_builder(env)?;
     let is_left = |entry: &fs::DirEntry| entry.file_name() != "ladder.json";
     let left = || Ok::<_, anyhow::Error>(fs::read_dir(env.dir.join("snapshots"))?.flatten().filter(is_left).count());
     let gone = eventually(Duration::from_secs(5), || left().is_ok_and(|left| left == 0).then_some(()));
-    ensure!(gone.is_some() && !env.daemon.pods().join(".builders").exists(), "its remains are still there");
+    ensure!(gone.is_some() && !builders_dir.exists(), "its remains are still there");
     // One that a person has begun and gives up takes down what it has begun itself.
     let by_hand = build(env, &settings)?.start()?;
     template_runs(env)?;
     kill(i32::try_from(by_hand.child.id())?, Signal::SIGTERM)?;
     let given_up = by_hand.output()?;
     ensure!(given_up.code != 0 && given_up.stderr.contains("interrupted by SIGTERM"), "{}", given_up.whole());
-    ensure!(left()? == 0 && !env.daemon.pods().join(".builders").exists(), "its remains are still there");
+    ensure!(left()? == 0 && !builders_dir.exists(), "its remains are still there");
     pod.remove()?;
-    // What is left where nobody was there to clear it away goes with the next pod that starts.
+    // After one that is killed, somebody else does, who is there for nothing but that.
     let by_hand = build(env, &settings)?.start()?;
     template_runs(env)?;
     drop(by_hand);
-    ensure!(left()? == 1 && env.daemon.pods().join(".builders/0").exists(), "it cleared away itself, killed");
+    let cleared = || (left().ok() == Some(0) && !builders_dir.exists() && janitors(env).is_empty()).then_some(());
+    eventually(Duration::from_secs(5), cleared).context("what was killed is not cleared away after")?;
+    // And where they are killed, too, the next pod that starts.
+    let by_hand = build(env, &settings)?.start()?;
+    template_runs(env)?;
+    janitors(env).into_iter().try_for_each(|janitor| kill(janitor, Signal::SIGKILL))?;
+    drop(by_hand);
+    ensure!(left()? == 1 && builders_dir.join("0").exists(), "it cleared away itself, killed");
     let next = container(env, &settings.clone().set("snapshot", "builders", "0")).sh("sleep 1000").start()?;
-    ensure!(left()? == 0 && !env.daemon.pods().join(".builders").exists(), "its remains are still there");
+    ensure!(left()? == 0 && !builders_dir.exists(), "its remains are still there");
     next.remove()?;
     build(env, &settings)?.text()?;
     ensure!(list(env, &settings)?.len() == 1);

@@ -14,14 +14,16 @@ use serde_json::Value;
 use crate::{
     events, image,
     snapshot::{container, finished, list, own, way},
-    snapshot_image_built::{as_asked, builder_killed, built_ahead, built_like, held_open, neither_restored, not_ready},
+    snapshot_image_built::{
+        as_asked, builder_killed, built_ahead, built_like, held_open, killed_ahead, neither_restored, not_ready,
+    },
     snapshot_image_native::copied_root,
 };
 
 crate::cases! {
     Vms: initialised;
     Once: ready_signs, not_ready, hooks_fail, another_image, written_before, copied_root, built_ahead, built_like,
-          builder_killed, neither_restored, as_asked, held_open;
+          builder_killed, killed_ahead, neither_restored, as_asked, held_open;
 }
 
 /// Answers what it is, and says when it is ready. Before that it has read what pods have files of their own for, and has drawn from every source of random numbers there is.

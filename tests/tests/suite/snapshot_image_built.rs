@@ -1,16 +1,16 @@
 //! How image snapshots come to be, and why some do not.
 
-use std::{fs, time::Duration};
+use std::{fs, thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use chsnap_tests::{Env, Run, Started, eventually, kill, patience};
+use chsnap_tests::{Env, Run, Running, Started, eventually, kill, patience};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::{
     events,
     faulty::{Faulty, NOT_RESTORED},
-    snapshot::{build, container, finished, kill_builder, template_runs, way},
+    snapshot::{build, container, finished, janitors, kill_builder, template_runs, way},
     snapshot_image::{imaged, is, kinds},
 };
 
@@ -87,6 +87,50 @@ pub fn built_ahead(env: &Env) -> Result<()> {
     let same = run()?;
     is(env, &same, "image", "")?;
     same.remove()
+}
+
+/// Killed at whatever moment, a build of an image leaves nothing: not on the host, and not in containerd.
+pub fn killed_ahead(env: &Env) -> Result<()> {
+    let settings = imaged(env);
+    build(env, &settings)?.text()?;
+    let script = "sleep 2; : > /ready; sleep 1000";
+    let begin = |snapshotter: &str| -> Result<Running> {
+        let arguments =
+            ["snapshot", "build", chsnap_tests::IMAGE, "--ready", "file:///ready", "--snapshotter", snapshotter];
+        let run = env.chsnap_with(&settings, arguments)?;
+        let run = run.arg("--address").arg(env.daemon.run.join("c.sock")).args(["--namespace", &env.daemon.namespace]);
+        run.args(["--", "/bin/sh", "-c", script]).start()
+    };
+    let left = || -> Result<Vec<String>> {
+        let snapshots = fs::read_dir(env.dir.join("snapshots"))?.flatten().map(|entry| entry.path());
+        let builders = env.daemon.pods().join(".builders");
+        let files = snapshots.chain([builders]).filter(|path| path.exists() && path.extension().is_none());
+        let mut left: Vec<_> = files.map(|path| path.display().to_string()).collect();
+        for list in [&["containers", "ls", "-q"][..], &["leases", "ls", "-q"]] {
+            left.extend(env.ctr().text(list)?.lines().map(str::to_owned));
+        }
+        for snapshotter in ["overlayfs", "native"] {
+            let all = env.ctr().text(["snapshots", "--snapshotter", snapshotter, "ls"])?;
+            left.extend(all.lines().filter(|line| line.contains("chsnap-")).map(str::to_owned));
+        }
+        left.extend(janitors(env).iter().map(|pid| format!("process {pid}")));
+        Ok(left)
+    };
+    let base = left()?;
+    ensure!(base.len() == 1, "{base:?}");
+    let moments = [0, 20, 40, 60, 80, 120, 160, 240].map(|ms| Some(Duration::from_millis(ms) * patience()));
+    for (number, moment) in moments.into_iter().chain([None, None]).enumerate() {
+        let build = begin(["overlayfs", "native"][number % 2])?;
+        match moment {
+            Some(moment) => thread::sleep(moment),
+            None => drop(template_runs(env)?),
+        }
+        drop(build);
+        let cleared = || (left().ok()? == base).then_some(());
+        let gone = eventually(Duration::from_secs(10), cleared);
+        ensure!(gone.is_some(), "killed after {moment:?}, or with a machine: it leaves {:?}", left()?);
+    }
+    Ok(())
 }
 
 /// On Kubernetes it is not `ctr` that says what a container is. One that runs, or ran elsewhere, tells.

@@ -2,6 +2,7 @@
 
 use std::{
     error::Error,
+    io,
     path::{Path, PathBuf},
     process::ExitCode,
     time::Instant,
@@ -10,10 +11,10 @@ use std::{
 use chsnap::{
     config::{Annotations, Config, Overrides, Ready, Shape, Size},
     task::{Role, chain, role},
-    template::{self, Ahead, Built, Order, StandIn},
+    template::{self, Ahead, Built, Janitor, Order, StandIn},
 };
 use oci_spec::runtime::Spec;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
     Outcome, print_json,
@@ -102,25 +103,30 @@ pub fn run(build: &Build) -> Outcome {
     let like = build.like.as_deref().map(read).transpose()?;
     let overrides = build.overrides(like.as_ref())?;
     let shape = shape(&config, &overrides, like.as_ref())?;
+    let (client, place) = (build.containerd.client(&config), build.containerd.place());
+    let _janitor = Janitor::watch(&config, build.image.as_ref().map(|_| (&*client, &place)))
+        .map_err(|error| format!("cannot run who clears away after a build that is killed: {error}"))?;
     template::isolate().map_err(|error| format!("cannot enter namespaces of its own, run this as root: {error}"))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let began = Instant::now();
     let mut tell = |line: &str| eprintln!("chsnap: {:5.1} s  {line}", began.elapsed().as_secs_f32());
     let built = runtime.block_on(async {
+        // From here on: a container that is being made is made, and then removed.
+        let signals = Signals::listen()?;
         let order = Order { beside: false, ..Order::of(&config, &overrides, shape) };
         let Some(image) = &build.image else {
             return tokio::select! {
                 built = template::build(&order, &mut tell) => Ok(built?),
-                error = interrupted() => Err(error),
+                error = signals.interrupted() => Err(error),
             };
         };
         let ready = overrides.ready.clone().ok_or(
             "it is not said when the process is ready: add --ready SIGN, or give its pods the annotation io.chsnap.ready",
         )?;
         let ahead = Ahead {
-            client: build.containerd.client(&config),
-            address: build.containerd.address.clone(),
-            namespace: build.containerd.namespace.clone(),
+            client,
+            address: place.address.clone(),
+            namespace: place.namespace.clone(),
             snapshotter: build.snapshotter.clone(),
             image: image.clone(),
             env: build.env.clone(),
@@ -136,7 +142,7 @@ pub fn run(build: &Build) -> Outcome {
                 let order = container.order(&ahead, &config, &overrides, shape).await?;
                 Ok::<_, Box<dyn Error>>(template::build(&order, &mut tell).await?)
             } => built,
-            error = interrupted() => Err(error),
+            error = signals.interrupted() => Err(error),
         };
         container.remove().await?;
         built
@@ -153,14 +159,27 @@ pub fn run(build: &Build) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Whatever was begun is taken down then.
-async fn interrupted() -> Box<dyn Error> {
-    let signals = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()].map(signal);
-    let [Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)] = signals else { return std::future::pending().await };
-    let name = tokio::select! {
-        _ = interrupt.recv() => "SIGINT",
-        _ = terminate.recv() => "SIGTERM",
-        _ = hangup.recv() => "SIGHUP",
-    };
-    format!("interrupted by {name}, nothing was built").into()
+/// Those that end a program at a terminal, and else.
+struct Signals([(&'static str, Signal); 3]);
+
+impl Signals {
+    fn listen() -> io::Result<Self> {
+        let listen = |name, kind| Ok::<_, io::Error>((name, signal(kind)?));
+        Ok(Self([
+            listen("SIGINT", SignalKind::interrupt())?,
+            listen("SIGTERM", SignalKind::terminate())?,
+            listen("SIGHUP", SignalKind::hangup())?,
+        ]))
+    }
+
+    /// Whatever was begun is taken down then.
+    async fn interrupted(self) -> Box<dyn Error> {
+        let [(interrupt, mut one), (terminate, mut two), (hangup, mut three)] = self.0;
+        let name = tokio::select! {
+            _ = one.recv() => interrupt,
+            _ = two.recv() => terminate,
+            _ = three.recv() => hangup,
+        };
+        format!("interrupted by {name}, nothing was built").into()
+    }
 }

@@ -2,7 +2,11 @@
 
 use std::{error::Error, io, io::Write, process::ExitCode};
 
-use chsnap::{task::chain, told};
+use chsnap::{
+    task::chain,
+    template::{self, JANITOR},
+    told,
+};
 use clap::{Parser, Subcommand};
 
 mod build;
@@ -32,6 +36,9 @@ enum Command {
     /// Look after the snapshots of this host
     #[command(subcommand)]
     Snapshot(Box<snapshot::Command>),
+    /// Clear away after a build that was killed
+    #[command(name = JANITOR, hide = true)]
+    Clear,
 }
 
 /// What a command ends with: its exit status, or why it could not do its work.
@@ -45,6 +52,7 @@ fn main() -> ExitCode {
         Command::Ps(args) => ps::run(&args),
         Command::Image(command) => image::run(command),
         Command::Snapshot(command) => snapshot::run(&command),
+        Command::Clear => Ok(template::clear()),
     };
     match outcome {
         Ok(code) => code,

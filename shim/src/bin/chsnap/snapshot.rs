@@ -247,15 +247,18 @@ impl Containerd {
         self.ctr.clone().unwrap_or_else(|| config.snapshot.ctr.clone())
     }
 
+    /// One of its containers, for who asks for none.
+    pub fn place(&self) -> Place {
+        Place { address: self.address.clone(), namespace: self.namespace.clone(), container: String::new() }
+    }
+
     /// Removes what killed processes left there, if it is there at all.
     fn clear_away(&self, config: &Config) -> Result<(), Box<dyn Error>> {
         if !Path::new(&self.address).exists() {
             return Ok(());
         }
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let (address, namespace) = (self.address.clone(), self.namespace.clone());
-        let place = Place { address, namespace, container: String::new() };
-        Ok(runtime.block_on(StandIn::clear_away(&self.client(config), &place))?)
+        Ok(runtime.block_on(StandIn::clear_away(&self.client(config), &self.place()))?)
     }
 }
 
