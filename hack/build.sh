@@ -43,10 +43,15 @@ parts=("$@")
 if [ "${parts[0]} ${parts[1]:-}" = "host agent" ]; then
   rc=0
   cross "$ARCH"
+  # In a group of its own, and to go with this script: what a shell runs beside itself ignores a terminal's interrupt.
+  set -m
   step agent "building the agent for $ARCH, beside the shim" build_agent &
   beside=$!
+  set +m
+  trap 'kill -- "-$beside" 2>/dev/null || true' EXIT
   build_host || rc=$?
   wait "$beside" || rc=$?
+  trap - EXIT
   [ "$rc" -eq 0 ] || exit "$rc"
   parts=("${parts[@]:2}")
 fi

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Shared by the scripts in hack/: messages, logs, the lock, stamps. Sourced, never run.
 
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 # Everything that is made goes below TARGET; nothing else on the machine is written to, except for packages
 # that `setup.sh packages` has to install, cargo's own cache (~/.cargo), and sockets and mounts below
 # /run/chsnap-dev while something runs.

@@ -22,21 +22,19 @@ set -euo pipefail
 . "$ROOT/hack/node/prepare.sh"
 
 ARCH=${ARCH:-$(host_arch)}
-WANTED_CPU=${CPU:-}
+MODEL=${CPU:-max}
 case $ARCH in
   amd64)
-    CPU=${CPU:-max}
     # A fifth level of page tables costs each walk, and twice so in a guest's guest. Where string instructions pass for
     # fast, kernel and C library move bytes with them, and they are emulated byte by byte.
-    case $CPU in max | max,*)
-      for feature in la57 erms fsrm; do [[ $CPU == *$feature* ]] || CPU+=,$feature=off; done
+    case $MODEL in max | max,*)
+      for feature in la57 erms fsrm; do [[ $MODEL == *$feature* ]] || MODEL+=,$feature=off; done
       ;;
     esac
     ;;
   arm64)
-    CPU=${CPU:-max}
     # Emulating the real pointer authentication costs half of the speed.
-    case $CPU in max | max,*) [[ $CPU == *pauth* ]] || CPU=${CPU/max/max,pauth-impdef=on} ;; esac
+    case $MODEL in max | max,*) [[ $MODEL == *pauth* ]] || MODEL=${MODEL/max/max,pauth-impdef=on} ;; esac
     ;;
   *) die "no node for the architecture $ARCH: amd64 and arm64 are known" ;;
 esac
@@ -66,8 +64,8 @@ keeper() {
 same_cpu() {
   local has
   has=$(cat "$STATE/cpu" 2>/dev/null) || return 0
-  [ -z "$WANTED_CPU" ] || [ "$has" = "$CPU" ] ||
-    die "an $ARCH node runs with the CPU $has, not $CPU: stop it first (ARCH=$ARCH hack/node.sh stop), or set NAME"
+  [ -z "${CPU:-}" ] || [ "$has" = "$MODEL" ] ||
+    die "an $ARCH node runs with the CPU $has, not $MODEL: stop it first (ARCH=$ARCH hack/node.sh stop), or set NAME"
 }
 
 no_node() {
@@ -99,9 +97,13 @@ why_gone() {
   if pid=$(keeper); then say "the node is still there (process $pid)"; else say "the node has ended: $(reasons 1)"; fi
 }
 
-# boot [<process the node must not outlive>]
+# boot <what becomes of it: it stays when this script ends, or goes>
 boot() {
-  local pid deadline left clock=''
+  local pid deadline left clock='' path
+  # They go onto the node's command line, and into QEMU's options.
+  for path in "$ROOT" "$TARGET"; do
+    [[ $path != *[[:space:],]* ]] || die "a node cannot have blanks or commas in the path $path: move the checkout, or set CHSNAP_TARGET"
+  done
   no_node
   # Two would format one disk.
   take_lock "node-${STATE##*/}"
@@ -111,13 +113,13 @@ boot() {
   chmod 700 "$SOCKETS"
   : >"$STATE/console.log"
   : >"$STATE/machine.log"
-  printf '%s\n' "$CPU" >"$STATE/cpu"
+  printf '%s\n' "$MODEL" >"$STATE/cpu"
   rm -f "$STATE/scratch.ext4"
   truncate -s 16G "$STATE/scratch.ext4"
   # Without a journal: the disk does not outlive the machine.
   mke2fs -q -t ext4 -O ^has_journal -E nodiscard,lazy_itable_init=1 "$STATE/scratch.ext4" ||
     die "cannot make the scratch disk $STATE/scratch.ext4"
-  say "booting an $ARCH node ($CPU, $CPUS CPUs, $MEMORY)"
+  say "booting an $ARCH node ($MODEL, $CPUS CPUs, $MEMORY)"
   deadline=$((SECONDS + START_TIMEOUT))
   # See the shim's vmm/arch.rs: a busy host's node measures a clock that is far too fast.
   if [ "$ARCH" = amd64 ] && [ "$(host_arch)" = amd64 ]; then
@@ -127,15 +129,13 @@ boot() {
   # kernel clears pages first (init_on_alloc, which is Debian's default). Without that, one node of ten came up.
   # Nor does QEMU bear a second CPU that uses devices while the first one sets some up: it comes later (maxcpus=1).
   setsid python3 "$ROOT/hack/node/machine.py" --arch "$ARCH" --state "$STATE" --sockets "$SOCKETS" \
-    --qemu "$QEMU" --virtiofsd "$BIN/virtiofsd" --cpu "$CPU" --cpus "$CPUS" --memory "$MEMORY" \
-    --kernel "$KERNEL" --initrd "$STATE/initramfs" --cache always --with "${1:-0}" \
+    --qemu "$QEMU" --virtiofsd "$BIN/virtiofsd" --cpu "$MODEL" --cpus "$CPUS" --memory "$MEMORY" \
+    --kernel "$KERNEL" --initrd "$STATE/initramfs" --cache always --with $$ \
     --append "console=$CONSOLE quiet panic=-1 mitigations=off init_on_alloc=1 maxcpus=1 cryptomgr.notests node.project=$ROOT node.target=$TARGET node.out=$OUT $clock ${APPEND:-}" \
     --share "root:ro:$SHARED_ROOT" --share "project:ro:$ROOT" --share "target:ro:$SHARED_TARGET" --share "out:rw:$OUT" \
     </dev/null >"$STATE/keeper.log" 2>&1 9>&- &
   pid=$!
   started=$pid
-  # Whoever gives up waiting leaves nothing that nobody asked for any more.
-  trap 'kill -TERM "$pid" 2>/dev/null; exit 130' INT TERM
   # Each ping is a connection of its own, and drops what was under way to the one before: on a busy machine one of a
   # second may never hear the answer.
   until left=$((deadline - SECONDS)) && client ping --timeout $((left > 5 ? 5 : left > 1 ? left : 1)) 2>/dev/null; do
@@ -153,8 +153,9 @@ boot() {
     fi
     sleep 0.2
   done
-  trap - INT TERM
   exec 9>&-
+  # Until now it would have gone with who waited for it.
+  [ "$1" = goes ] || kill -USR1 "$pid"
   say "the $ARCH node is up after $((SECONDS - deadline + START_TIMEOUT)) s"
 }
 
@@ -187,7 +188,7 @@ halt() {
 # Runs the client in a running node, or in one that lives only for it.
 within() {
   local rc=0
-  if keeper >/dev/null; then
+  if [ -z "${OWN_NODE:-}" ] && keeper >/dev/null; then
     same_cpu
     client "$@" || rc=$?
     [ "$rc" != 125 ] || why_gone
@@ -195,14 +196,14 @@ within() {
   fi
   # Not whatever node there is: another run may have booted one meanwhile.
   trap 'halt "${started:-none}"' EXIT
-  boot $$
+  boot goes
   client "$@" || rc=$?
   [ "$rc" != 125 ] || { show_console && why_gone; }
   return "$rc"
 }
 
 run() {
-  local options=(--cwd "$ROOT")
+  local options=(--connect "$START_TIMEOUT" --cwd "$ROOT")
   [ "${1:-}" != -i ] || { options+=(--input) && shift; }
   [ $# -ge 1 ] || die "node.sh run: no command given"
   [ -z "${TIMEOUT:-}" ] || options+=(--timeout "$TIMEOUT")
@@ -211,9 +212,9 @@ run() {
 
 shell() {
   if [ -t 0 ]; then
-    within run --tty --input --cwd "$ROOT" -- /bin/bash -i
+    within run --connect "$START_TIMEOUT" --tty --input --cwd "$ROOT" -- /bin/bash -i
   else
-    within run --input --cwd "$ROOT" -- /bin/bash
+    within run --connect "$START_TIMEOUT" --input --cwd "$ROOT" -- /bin/bash
   fi
 }
 
@@ -221,7 +222,7 @@ what=${1:-}
 [ $# -eq 0 ] || shift
 case $what in
   "") if [ -n "${RUN:-}" ]; then run "$RUN"; else shell; fi ;;
-  start) boot ;;
+  start) boot stays ;;
   stop) halt ;;
   run) run "$@" ;;
   shell) shell ;;

@@ -45,7 +45,8 @@ rc=0
 record() {
   local accelerator vmm=${CHSNAP_CLOUD_HYPERVISOR:-cloud-hypervisor}
   CHSNAP_TEST_FILTERS='' "${suite[@]}" --list >"$LOGS/suite.cases" 2>"$LOGS/suite-list.log" || return
-  "$ROOT/hack/config.sh" "$LOGS/suite.toml" || return
+  # What is found out about the host is remembered with the state, and that is to stay below TARGET.
+  CHSNAP_STATE_DIR=$LOGS/suite-state "$ROOT/hack/config.sh" "$LOGS/suite.toml" || return
   # It fails where anything is amiss, and says all the same what runs guests.
   accelerator=${CHSNAP_TEST_ACCELERATOR:-$({ "${CHSNAP_BIN_DIR:-$TARGET/release}/chsnap" doctor --json --config "$LOGS/suite.toml" || true; } |
     jq -r '.driver.accelerator // "unknown"')}

@@ -51,6 +51,8 @@ says() {
 says "an unknown architecture" 1 "no node for the architecture sparc" env ARCH=sparc "$NODE" run true
 says "an unknown CPU" 125 "has ended while booting.*no-such-cpu" env CPU=no-such-cpu "$NODE" run true
 says "no space" 1 "a node needs 999999 GiB" env NODE_SPACE=999999 "$NODE" run true
+# A disk that fills while the node runs: all there is counts as too little.
+says "no space left" 125 "no space left below .*, where the node's disk is" env CHSNAP_NODE_ROOM=$((1 << 60)) "$NODE" run true
 program='qemu-system-x86_64'
 [ "$ARCH" = amd64 ] || program='qemu-system-aarch64'
 # Where the machine itself has a QEMU that will do, none is fetched.
@@ -70,6 +72,49 @@ fi
 says "a node that is too slow" 125 "did not come up in 1 s" env START_TIMEOUT=1 "$NODE" run true
 says "a command that does not end" 124 "did not end in 2 s" env TIMEOUT=2 "$NODE" run 'sleep 1000'
 says "no node" 125 "no node runs" python3 "$ROOT/hack/node/run.py" "$WORK" run -- true
+
+# gone <what is tried>: within a few seconds nothing of the node is left.
+gone() {
+  local left
+  for _ in $(seq 100); do
+    left=$(left_running)
+    [ -n "$left" ] || break
+    sleep 0.1
+  done
+  [ -z "$left" ] || wrong "$1: left running: $left"
+  for left in "$STATE/scratch.ext4" "$SOCKETS"; do [ ! -e "$left" ] || wrong "$1: left $left"; done
+  say "$1: nothing is left"
+}
+
+# begun <pattern>: waits until the last one that was started beside this has said so.
+begun() {
+  for _ in $(seq 600); do
+    ! grep -q "$1" "$WORK/said" || return 0
+    sleep 0.1
+  done
+  wrong "it never says '$1'"
+}
+
+# A node for one command goes with whoever began it, killed or interrupted, at whatever moment.
+for how in "KILL booting an" "KILL begun" "INT booting an" "INT begun" "TERM begun" "HUP begun"; do
+  signal=${how%% *} moment=${how#* }
+  # With a group of its own and the default for SIGINT, as from a terminal.
+  set -m
+  "$NODE" run "echo begun; sleep 1000" >"$WORK/said" 2>&1 </dev/null &
+  set +m
+  begun "$moment"
+  if [ "$signal" = INT ]; then kill -INT -- "-$!"; else kill "-$signal" "$!"; fi
+  wait "$!" 2>/dev/null || true
+  gone "SIG$signal, with '$moment'"
+done
+# One that is to stay stays only once it is up.
+set -m
+"$NODE" start >"$WORK/said" 2>&1 </dev/null &
+set +m
+begun "booting an"
+kill -KILL "$!"
+wait "$!" 2>/dev/null || true
+gone "a start that is killed"
 
 "$NODE" start
 qemu=$(cat "$STATE/qemu.pid")
@@ -96,5 +141,7 @@ for _ in $(seq 50); do
   sleep 0.1
 done
 [ -z "$left" ] || wrong "a keeper that is killed: left running: $left"
+"$NODE" stop
+for left in "$STATE/scratch.ext4" "$SOCKETS"; do [ ! -e "$left" ] || wrong "a keeper that is killed, and stop: left $left"; done
 [ "$failed" -eq 0 ] || die "a node does not fail as it should"
 say "every bad case of a node is told, and leaves nothing"

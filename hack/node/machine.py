@@ -3,8 +3,8 @@
 
     machine.py --state D --sockets D [--with PID] ... (see hack/node.sh)
 
-When one of them ends, or this process is told to (SIGTERM), or PID has gone, everything is taken
-down. The children die with this process even if it is killed.
+When one of them ends, or this process is told to (SIGTERM), or PID has gone before it said that the node is to
+outlive it (SIGUSR1), everything is taken down. The children die with this process even if it is killed.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import wire
 PR_SET_PDEATHSIG = 1
 # The scratch disk is sparse: with nothing left for it below, QEMU stops the machine and says nothing, and to a client
 # that is a node that hangs.
-ROOM = 256 << 20
+ROOM = int(os.environ.get("CHSNAP_NODE_ROOM", 256 << 20))
 LIBC = ctypes.CDLL(None)
 
 
@@ -110,7 +110,7 @@ class Machine:
             ]  # fmt: skip
         return argv
 
-    def run(self, wake):
+    def run(self, wake, starter):
         fs = []
         for share in self.args.share:
             tag, access, directory = share.split(":", 2)
@@ -120,14 +120,17 @@ class Machine:
             for name, child in self.children:
                 if child.poll() is not None:
                     raise Trouble(f"{name} ended with status {child.returncode}")
-            if self.args.bound and not os.path.exists(f"/proc/{self.args.bound}"):
-                raise Trouble("who started the node has gone")
             room = os.statvfs(self.args.state)
             if room.f_bfree * room.f_frsize < ROOM:
                 raise Trouble(f"no space left below {self.args.state}, where the node's disk is: {ROOM >> 20} MiB are needed")
-            ready, _, _ = select.select([wake], [], [], 1)
-            if ready and signal.SIGTERM in os.read(wake, 64):
+            ready, _, _ = select.select([wake] + starter, [], [], 1)
+            said = os.read(wake, 64) if wake in ready else b""
+            if signal.SIGTERM in said:
                 return
+            if signal.SIGUSR1 in said:
+                starter = []
+            elif starter and starter[0] in ready:
+                raise Trouble("who started the node has gone")
 
     def end(self):
         # QEMU first: a virtiofsd ends by itself with its client, and says nothing then.
@@ -153,6 +156,14 @@ def lock(state):
     return fd
 
 
+def watched(pid):
+    """A descriptor that is readable once the process has ended, whether its parent knows or not."""
+    try:
+        return [os.pidfd_open(pid)] if pid else []
+    except ProcessLookupError:
+        raise Trouble("who started the node has gone") from None
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ["arch", "state", "sockets", "qemu", "virtiofsd", "cpu", "memory", "kernel", "initrd", "append", "cache"]:
@@ -164,7 +175,7 @@ def main():
     wake, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
     signal.set_wakeup_fd(wakeup)
-    for number in (signal.SIGTERM, signal.SIGCHLD):
+    for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -174,7 +185,7 @@ def main():
         sys.exit(f"chsnap: error: {e}")
     machine, status = Machine(args), 0
     try:
-        machine.run(wake)
+        machine.run(wake, watched(args.bound))
     except Trouble as e:
         machine.log.write(f"chsnap: {e}\n".encode())
         status = 1

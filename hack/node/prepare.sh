@@ -20,13 +20,14 @@ node_programs() {
     ARCH=$ARCH "$ROOT/hack/build.sh"
   fi
   [ "$SHARED_TARGET" != "$TARGET" ] || return 0
+  # Not into the files, which a running node may execute.
   mkdir -p "$SHARED_TARGET/release" "$SHARED_TARGET/guest/$ARCH" "$SHARED_TARGET/image" "$SHARED_TARGET/$triple/agent"
-  for file in release/containerd-shim-chsnap-v2 release/chsnap; do cp -u "$release/${file##*/}" "$SHARED_TARGET/$file"; done
+  for file in release/containerd-shim-chsnap-v2 release/chsnap; do cp -u --remove-destination "$release/${file##*/}" "$SHARED_TARGET/$file"; done
   for file in Image vmlinux initramfs busybox; do
-    [ ! -f "$TARGET/guest/$ARCH/$file" ] || cp -u "$TARGET/guest/$ARCH/$file" "$SHARED_TARGET/guest/$ARCH/"
+    [ ! -f "$TARGET/guest/$ARCH/$file" ] || cp -u --remove-destination "$TARGET/guest/$ARCH/$file" "$SHARED_TARGET/guest/$ARCH/"
   done
-  cp -u "$TARGET/$triple/agent/chsnap-agent" "$SHARED_TARGET/$triple/agent/"
-  [ ! -f "$TARGET/image-$ARCH/python.tar" ] || cp -u "$TARGET/image-$ARCH/python.tar" "$SHARED_TARGET/image/"
+  cp -u --remove-destination "$TARGET/$triple/agent/chsnap-agent" "$SHARED_TARGET/$triple/agent/"
+  [ ! -f "$TARGET/image-$ARCH/python.tar" ] || cp -u --remove-destination "$TARGET/image-$ARCH/python.tar" "$SHARED_TARGET/image/"
 }
 
 # shellcheck disable=SC2034 # some are for node.sh

@@ -2,7 +2,7 @@
 """Runs a command in a node and returns its output and exit status.
 
     run.py <directory of the sockets> ping [--timeout S]
-    run.py <directory of the sockets> run [--timeout S] [--input] [--tty] [--cwd D] -- <argument...>
+    run.py <directory of the sockets> run [--connect S] [--timeout S] [--input] [--tty] [--cwd D] -- <argument...>
 
 Exit status: the command's (128 + n for signal n); 125 when the node cannot be spoken to or does not
 answer; 124 when the time is over, after which the command is killed.
@@ -26,6 +26,8 @@ import wire
 
 # Seconds without a sign of life, of which the agent gives one every 5.
 SILENCE = float(os.environ.get("CHSNAP_NODE_SILENCE", "60"))
+# Bytes the node may leave untaken before no more input is read.
+HOLD_BACK = 1 << 16
 
 
 class Failure(Exception):
@@ -41,6 +43,7 @@ class Node:
 
     def __init__(self, directory, deadline):
         self.sock, self.lock = self.connect(directory)
+        self.pending = bytearray()
         self.hello(deadline)
 
     @staticmethod
@@ -54,6 +57,7 @@ class Node:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 sock = socket.socket(socket.AF_UNIX)
                 sock.connect(f"{directory}/port{n}")
+                sock.setblocking(False)
                 return sock, lock
             except BlockingIOError:
                 os.close(lock)
@@ -77,14 +81,23 @@ class Node:
                     return
 
     def send(self, kind, data=b""):
-        try:
-            self.sock.sendall(wire.frame(kind, data))
-        except OSError as e:
-            raise Failure(f"the node has gone: {e.strerror}") from None
+        """Never waits: a node that takes nothing is one whose silence is to be noticed."""
+        self.pending += wire.frame(kind, data)
+
+    def wait(self, timeout, more=()):
+        """What can be read of `more` and the node by then; sends meanwhile what the node takes."""
+        readable, writable, _ = select.select([self.sock, *more], [self.sock] if self.pending else [], [], max(0, timeout))
+        if writable:
+            try:
+                del self.pending[: self.sock.send(self.pending)]
+            except BlockingIOError:
+                pass
+            except OSError as e:
+                raise Failure(f"the node has gone: {e.strerror}") from None
+        return readable
 
     def receive(self, timeout):
-        ready, _, _ = select.select([self.sock], [], [], max(0, timeout))
-        return self.read() if ready else ()
+        return self.read() if self.sock in self.wait(timeout) else ()
 
     def read(self):
         try:
@@ -125,7 +138,7 @@ def execute(node, args):
         if now - heard > SILENCE:
             raise Failure(f"the node has not answered for {SILENCE:g} s")
         wait = min(1, deadline - now) if deadline else 1
-        ready, _, _ = select.select([node.sock] + ([0] if input_open else []), [], [], wait)
+        ready = node.wait(wait, [0] if input_open and len(node.pending) < HOLD_BACK else [])
         if 0 in ready:
             data = os.read(0, 4096)
             if data:
@@ -134,7 +147,6 @@ def execute(node, args):
                 node.send(wire.INPUT_END)
                 input_open = False
         if node.sock in ready:
-            heard = time.monotonic()
             for kind, data in node.read():
                 if kind == wire.OUTPUT:
                     write_all(1, data)
@@ -145,6 +157,8 @@ def execute(node, args):
                 elif kind == wire.EXIT:
                     (status,) = struct.unpack(">i", data)
                     return status if status >= 0 else 128 - status
+            # After it was written, for which a reader may have taken its time.
+            heard = time.monotonic()
 
 
 def with_terminal(node, args):
@@ -158,11 +172,18 @@ def with_terminal(node, args):
         termios.tcsetattr(0, termios.TCSADRAIN, saved)
 
 
+def end_by(number):
+    """As who does not handle it: a shell that has started this ends with it then, and does not go on."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory")
     parser.add_argument("what", choices=["ping", "run"])
     parser.add_argument("--timeout", type=float, default=0)
+    parser.add_argument("--connect", type=float, default=30)
     parser.add_argument("--input", action="store_true")
     parser.add_argument("--tty", action="store_true")
     parser.add_argument("--cwd")
@@ -172,7 +193,7 @@ def main():
     # The command's session is killed by the agent when the connection ends.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        patience = args.timeout if args.what == "ping" and args.timeout else 30
+        patience = args.timeout if args.what == "ping" and args.timeout else args.connect
         node = Node(args.directory, time.monotonic() + patience)
         if args.what == "run":
             sys.exit(with_terminal(node, args))
@@ -182,8 +203,10 @@ def main():
     except (Failure, wire.Garbled) as e:
         print(f"chsnap: error: {e}", file=sys.stderr)
         sys.exit(125)
+    except BrokenPipeError:
+        end_by(signal.SIGPIPE)
     except KeyboardInterrupt:
-        sys.exit(130)
+        end_by(signal.SIGINT)
 
 
 if __name__ == "__main__":

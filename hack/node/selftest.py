@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Tests how run.py and agent.py speak with each other, over a socket instead of a virtio-serial port."""
 
+import hashlib
 import os
 import signal
 import socket
@@ -25,7 +26,7 @@ class Transport(unittest.TestCase):
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(f"{self.directory.name}/port0")
         self.listener.listen()
-        self.first = b""
+        self.first, self.deaf, self.held = b"", False, []
         threading.Thread(target=self.accept, daemon=True).start()
 
     def tearDown(self):
@@ -41,8 +42,18 @@ class Transport(unittest.TestCase):
             connection.setblocking(False)
             if self.first:
                 connection.send(self.first)
+            if self.deaf:
+                self.greet(connection)
+                continue
             server = agent.Server(agent.Port(connection.detach()))
             threading.Thread(target=server.serve, daemon=True).start()
+
+    def greet(self, connection):
+        """As a node that answers once and then no more."""
+        connection.setblocking(True)
+        hello = connection.recv(65536)
+        connection.send(wire.frame(wire.READY, hello[5 + len(wire.MAGIC) :][:16]))
+        self.held.append(connection)
 
     def client(self, *argv, options=(), **more):
         command = [sys.executable, f"{HERE}/run.py", self.directory.name, "run", *options, "--", *argv]
@@ -80,6 +91,41 @@ class Transport(unittest.TestCase):
         status, _, error = self.outcome("sleep", "30", options=["--timeout", "0.3"])
         self.assertEqual(status, 124)
         self.assertIn(b"did not end in 0.3 s", error)
+
+    def test_the_time_is_over_although_nobody_takes_the_input(self):
+        with open("/dev/zero", "rb") as zero:
+            process = self.client("sleep", "30", options=["--input", "--timeout", "1"], stdin=zero)
+            _, error = process.communicate(timeout=20)
+        self.assertEqual(process.returncode, 124)
+        self.assertIn(b"did not end in 1 s", error)
+
+    def test_much_both_ways_blocks_neither(self):
+        data = os.urandom(8 << 20)
+        status, out, _ = self.outcome("sh", "-c", "head -c 8388608 /dev/zero; cat | sha256sum", options=["--input"], stdin=data)
+        self.assertEqual((status, out[8 << 20 :].split()[0].decode()), (0, hashlib.sha256(data).hexdigest()))
+
+    def test_a_node_that_hangs_is_told_although_there_is_input(self):
+        self.deaf = True
+        with open("/dev/zero", "rb") as zero:
+            environment = {**os.environ, "CHSNAP_NODE_SILENCE": "2"}
+            process = self.client("cat", options=["--input"], stdin=zero, env=environment)
+            _, error = process.communicate(timeout=20)
+        self.assertEqual(process.returncode, 125)
+        self.assertIn(b"has not answered for 2 s", error)
+
+    def test_a_reader_that_goes_ends_it_as_any_program(self):
+        process = self.client("sh", "-c", "while :; do echo line; done")
+        process.stdout.readline()
+        process.stdout.close()
+        with process.stderr as error:
+            self.assertEqual((process.wait(timeout=20), error.read()), (-signal.SIGPIPE, b""))
+
+    def test_an_interrupt_is_its_end_for_its_parent_too(self):
+        process = self.client("sh", "-c", "echo up; sleep 30")
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+        self.assertEqual(process.returncode, -signal.SIGINT)
 
     def test_a_daemon_does_not_hold_the_command_up(self):
         before = time.monotonic()

@@ -65,6 +65,12 @@ want=$(digest "$0" "$ARCH")
 if [ -d "$DIR" ] && stamped "userland-$ARCH" "$want"; then exit 0; fi
 have mmdebstrap || "$ROOT/hack/setup.sh" packages
 take_lock "userland-$ARCH"
+# Whoever had the lock may have made it.
+if [ -d "$DIR" ] && stamped "userland-$ARCH" "$want"; then exit 0; fi
+for running in "$TARGET/node/$ARCH"/lock "$TARGET/node/$ARCH"-*/lock; do
+  [ ! -s "$running" ] || flock -n "$running" true ||
+    die "the userland for $ARCH is out of date, and a node runs on it (process $(cat "$running")): stop that first"
+done
 apt_update "$SUITE" "$ARCH"
 step "userland-$ARCH" "unpacking Debian $SUITE for $ARCH" unpack ||
   die "no userland for $ARCH: is there space below $TARGET, and are the machine's package sources reachable?"
