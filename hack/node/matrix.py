@@ -4,9 +4,9 @@
     matrix.py --arch A --machine M --accelerator A --commit C --log F --cases F --versions F --table F
 
 A row is an architecture, a VMM and its version, an accelerator, a machine, a kernel and a commit; a cell is a
-topic: how many cases passed of those that ran. --cases is what `suite --list` prints: a topic of which fewer
-cases had an outcome shows of how many, and replaces none of which more had one, unless something failed in it. Runs of one commit
-share a row. An older commit's row stays until a row of the same machine has all of its topics.
+topic: how many cases passed of those that ran, and which failed. --cases is what `suite --list` prints: a topic of which fewer
+cases had an outcome shows of how many, and replaces none of which more had one, unless something failed in it. What failed stays until
+it is tried again. Runs of one commit share a row. An older commit's row stays until a row of the same machine has all of its topics.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import sys
 HEAD = """# What was run where
 
 Written by `make test-node` and `make test` (`hack/node/matrix.py`) from the outcome of the integration tests; not by hand.
-A cell is *passed/run*, with the topics of `tests/tests/suite`; `–` was not run, and *passed/run of all* was run in part.
+A cell is *passed/run* (and what failed), with the topics of `tests/tests/suite`, and the drivers' own tests (`shim/src/vmm`) on that KVM; `–` was not run, and *passed/run of all* was run in part.
 Both containerds count. A row is of one commit; `-dirty` had changes beside it.
 
 """
@@ -30,6 +30,16 @@ NAME = r"(?P<vmm>[\w-]+)/(?P<containerd>[\d.]+)/(?P<topic>\w+)::(?P<case>\w+)"
 CASE = re.compile(rf"^test {NAME} +\.\.\. (?P<outcome>ok|FAILED|ignored)?")
 OUTCOME = re.compile(r"^(ok|FAILED|ignored)$")
 LISTED = re.compile(rf"^{NAME}: test$")
+# The drivers' own tests, of the library; those of the mask run without Cloud Hypervisor, too.
+DRIVER = r"(?P<case>vmm::(?P<vmm>qemu|cloud_hypervisor)::(?!mask::)[\w:]+)"
+DRIVER_CASE = re.compile(rf"^test {DRIVER}(?: - should panic)? \.\.\. (?P<outcome>ok|FAILED|ignored)?")
+DRIVER_LISTED = re.compile(rf"^{DRIVER}: test$")
+
+
+def of(match):
+    """(vmm, topic) of a line that matched one of these."""
+    topic = match["topic"] if "topic" in match.re.groupindex else "drivers"
+    return match["vmm"].replace("_", "-"), topic
 
 
 def read_table(path):
@@ -50,19 +60,35 @@ def read_cases(path):
     """(vmm, topic) -> how many cases there are"""
     all_of = {}
     with open(path, encoding="utf-8", errors="replace") as f:
-        for m in filter(None, map(LISTED.match, f)):
-            key = m["vmm"], m["topic"]
+        for m in filter(None, (LISTED.match(l) or DRIVER_LISTED.match(l) for l in f)):
+            key = of(m)
             all_of[key] = all_of.get(key, 0) + 1
     return all_of
 
 
+class Count:
+    """What came of the cases of a topic, by name."""
+
+    def __init__(self):
+        self.passed, self.failed, self.ignored = set(), set(), set()
+
+    def add(self, match, outcome):
+        named = match.groupdict()
+        name = f"{named['case'].split('::')[-1]} {named.get('containerd', '')}".strip()
+        {"ok": self.passed, "FAILED": self.failed, "ignored": self.ignored}[outcome].add(name)
+
+    def ran(self):
+        return self.passed | self.failed
+
+
 def read_log(path):
-    """vmm -> topic -> [passed, run, ignored], and whether the tests came to their end"""
+    """vmm -> topic -> Count, and whether the tests came to their end"""
     seen, ended, case = {}, False, None
     with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
-            ended = ended or line.startswith("test result: ")
-            if m := CASE.match(line):
+            # Each program's tests begin and end.
+            ended = (ended or line.startswith("test result: ")) and not re.match(r"running \d+ tests?$", line)
+            if m := CASE.match(line) or DRIVER_CASE.match(line):
                 case, outcome = m, m["outcome"]
             elif m := OUTCOME.match(line):
                 # Something was said while the case ran.
@@ -70,18 +96,29 @@ def read_log(path):
             else:
                 continue
             if case and outcome:
-                count = seen.setdefault(case["vmm"], {}).setdefault(case["topic"], [0, 0, 0])
-                count[0] += outcome == "ok"
-                count[1] += outcome != "ignored"
-                count[2] += outcome == "ignored"
+                vmm, topic = of(case)
+                seen.setdefault(vmm, {}).setdefault(topic, Count()).add(case, outcome)
                 case = None
     return seen, ended
 
 
 def cell(count, of):
-    passed, run, ignored = count
-    text = f"{passed}/{run}" if run + ignored == of else f"{passed}/{run} of {of}"
-    return text if passed == run else f"**{text}**"
+    passed, run = len(count.passed), len(count.ran())
+    return show(passed, run, of if run + len(count.ignored) != of else 0, count.failed)
+
+
+def show(passed, run, of, failed):
+    text = f"{passed}/{run} of {of}" if of else f"{passed}/{run}"
+    return text if passed == run else f"**{text}** ({', '.join(sorted(failed))})"
+
+
+CELL = re.compile(r"^\**(?P<passed>\d+)/(?P<run>\d+)(?: of (?P<of>\d+))?\**(?: \((?P<failed>.*)\))?$")
+
+
+def failures(row, topic):
+    """The names of the cases that failed, where the cell tells."""
+    m = CELL.match(row.get(topic, ""))
+    return set(m["failed"].split(", ")) if m and m["failed"] else set()
 
 
 def has(row, topic):
@@ -96,21 +133,38 @@ def much(row, topic):
     return has(row, topic), int(re.search(r"/(\d+)", row[topic])[1]) if part else 0
 
 
-def merge(rows, topics, named, cells):
-    """Puts the cells into the row of that name; `rows` and `topics` are changed."""
+def joined(old, new, kept, failed):
+    """Of two parts of a topic in one cell, so that neither hides what failed in the other. Of what passed in the old one the names
+    are not known, so no more is counted than surely ran: what failed there and was `kept`, beside the new one."""
+    a, b = CELL.match(old), CELL.match(new)
+    run = max(int(a["run"]), int(b["run"]) + len(kept))
+    return show(run - len(failed), run, int(a["of"] or b["of"] or 0), failed)
+
+
+def merge(rows, topics, named, cells, ran):
+    """Puts the cells into the row of that name; `rows` and `topics` are changed. `ran`: topic -> the cases of this run"""
     # Two states of a tree are both called dirty, so these share no row.
     sure = not named["commit"].endswith("-dirty") and named["commit"] != "unknown"
     same = [r for r in rows if sure and all(r.get(c) == named[c] for c in [*FIXED, "commit"])]
     row = {**(same[0] if same else {}), **named}
     for topic, text in cells.items():
-        if much({topic: text}, topic) >= much(row, topic) or text.startswith("**"):
+        part = has({topic: text}, topic) == 1
+        if part and not failures(row, topic) <= ran[topic]:
+            # What failed was not tried again.
+            kept = failures(row, topic) - ran[topic]
+            row[topic] = joined(row[topic], text, kept, kept | failures({topic: text}, topic))
+        elif much({topic: text}, topic) >= much(row, topic) or text.startswith("**"):
             row[topic] = text
         if topic not in topics:
             topics.append(topic)
     rows[:] = [r for r in rows if r not in same]
 
+    def covers(topic, old):
+        tried = has(row, topic) == 2 or failures(old, topic) <= ran.get(topic, set())
+        return much(old, topic) <= much(row, topic) and tried
+
     def covered(old):
-        return all(old.get(c) == row[c] for c in PLACE) and all(much(old, t) <= much(row, t) for t in topics)
+        return all(old.get(c) == row[c] for c in PLACE) and all(covers(topic, old) for topic in topics)
 
     rows[:] = [r for r in rows if not covered(r)] + [row]
 
@@ -138,7 +192,7 @@ def main():
     (seen, ended), written = read_log(args.log), False
     for vmm, counts in seen.items():
         # runc is the reference for the cases, and no VMM.
-        cells = {t: cell(c, all_of.get((vmm, t), 0)) for t, c in counts.items() if c[1] and vmm != "runc"}
+        cells = {t: cell(c, all_of.get((vmm, t), 0)) for t, c in counts.items() if c.ran() and vmm != "runc"}
         if not cells:
             continue
         named = {
@@ -150,7 +204,7 @@ def main():
             "commit": args.commit,
             "date": datetime.date.today().isoformat(),
         }
-        merge(rows, topics, named, cells)
+        merge(rows, topics, named, cells, {topic: count.ran() for topic, count in counts.items()})
         written = True
     if not written:
         sys.exit("matrix.py: no case ran, so the table stays as it is")

@@ -29,11 +29,11 @@ class Matrix(unittest.TestCase):
         with open(self.path(name), "w", encoding="utf-8") as f:
             f.write(text)
 
-    def run_of(self, commit, *filters, failed=(), ignored=(), end=END, machine="M", said=""):
+    def run_of(self, commit, *filters, failed=(), ignored=(), end=END, machine="M", said="", before=""):
         chosen = [c for c in CASES if any(f in c for f in filters)]
         outcome = {**dict.fromkeys(failed, "FAILED"), **dict.fromkeys(ignored, "ignored")}
         lines = "".join(f"test {c:<40} ... {said}{outcome.get(c, 'ok')}\n" for c in chosen)
-        self.write("log", f"\nrunning {len(chosen)} tests\n{lines}{end}")
+        self.write("log", f"{before}\nrunning {len(chosen)} tests\n{lines}{end}")
         argv = [sys.executable, f"{HERE}/matrix.py", "--arch", "amd64", "--machine", machine, "--accelerator", "KVM", "--commit", commit]
         for name in ("log", "cases", "versions", "table"):
             argv += [f"--{name}", self.path(name)]
@@ -50,11 +50,11 @@ class Matrix(unittest.TestCase):
 
     def test_a_run_is_a_row_of_each_vmm(self):
         self.assertEqual(self.run_of("c1", "/", failed=["qemu/1.6/exec::a"]), 0)
-        self.assertEqual(self.rows(), {("qemu", "c1"): ("**3/4**", "2/2"), ("cloud-hypervisor", "c1"): ("4/4", "2/2")})
+        self.assertEqual(self.rows(), {("qemu", "c1"): ("**3/4** (a 1.6)", "2/2"), ("cloud-hypervisor", "c1"): ("4/4", "2/2")})
 
     def test_what_is_said_while_a_case_runs_hides_no_outcome(self):
         self.run_of("c1", "qemu/", failed=["qemu/1.6/exec::a"], said="note: it has been running for 60 s\nmore\n")
-        self.assertEqual(self.rows(), {("qemu", "c1"): ("**3/4**", "2/2")})
+        self.assertEqual(self.rows(), {("qemu", "c1"): ("**3/4** (a 1.6)", "2/2")})
 
     def test_what_is_ignored_is_not_missing(self):
         self.run_of("c1", "qemu/", ignored=["qemu/1.6/exec::a"])
@@ -67,16 +67,28 @@ class Matrix(unittest.TestCase):
         self.run_of("c1", "qemu/2.1/exec")
         self.assertEqual(self.rows(), {("qemu", "c1"): ("4/4", "2/2")})
         self.run_of("c1", "qemu/2.1/exec", failed=["qemu/2.1/exec::a"])
-        self.assertEqual(self.rows(), {("qemu", "c1"): ("**1/2 of 4**", "2/2")})
+        self.assertEqual(self.rows(), {("qemu", "c1"): ("**1/2 of 4** (a 2.1)", "2/2")})
 
     def test_a_smaller_part_hides_no_failure(self):
         self.run_of("c1", "qemu/2.1/exec", failed=["qemu/2.1/exec::a"])
         self.run_of("c1", "qemu/2.1/exec::b")
-        self.assertEqual(self.rows(), {("qemu", "c1"): ("**1/2 of 4**", "–")})
+        self.assertEqual(self.rows(), {("qemu", "c1"): ("**1/2 of 4** (a 2.1)", "–")})
         self.run_of("c2", "qemu/2.1/exec::b")
-        self.assertEqual(self.rows(), {("qemu", "c1"): ("**1/2 of 4**", "–"), ("qemu", "c2"): ("1/1 of 4", "–")})
+        self.assertEqual(self.rows(), {("qemu", "c1"): ("**1/2 of 4** (a 2.1)", "–"), ("qemu", "c2"): ("1/1 of 4", "–")})
         self.run_of("c2", "qemu/2.1/exec")
         self.assertEqual(self.rows(), {("qemu", "c2"): ("2/2 of 4", "–")})
+
+    def test_what_failed_stays_until_it_is_tried_again(self):
+        self.run_of("c1", "qemu/2.1/exec", failed=["qemu/2.1/exec::a"])
+        self.run_of("c1", "qemu/1.6/exec")
+        self.assertEqual(self.rows(), {("qemu", "c1"): ("**2/3 of 4** (a 2.1)", "–")})
+        self.run_of("c1", "qemu/1.6/exec::b", failed=["qemu/1.6/exec::b"])
+        self.assertEqual(self.named()[0]["exec"].split("** ")[1], "(a 2.1, b 1.6)")
+        # Another commit's does not hide it either.
+        self.run_of("c2", "qemu/1.6/exec", "qemu/2.1/exec::b")
+        self.assertIn(("qemu", "c1"), self.rows())
+        self.run_of("c2", "qemu/2.1/exec", "qemu/1.6/exec")
+        self.assertEqual(self.rows(), {("qemu", "c2"): ("4/4", "–")})
 
     def test_another_commit_has_its_own_row_until_it_has_all(self):
         self.run_of("c1", "qemu/")
@@ -96,6 +108,15 @@ class Matrix(unittest.TestCase):
     def test_a_run_that_is_cut_off_leaves_what_it_came_to(self):
         self.assertNotEqual(self.run_of("c1", "qemu/2.1", "qemu/1.6/rung", end="test qemu/1.6/exec::a ... "), 0)
         self.assertEqual(self.rows(), {("qemu", "c1"): ("2/2 of 4", "2/2")})
+
+    def test_the_drivers_tests_are_a_topic_and_their_end_is_not_that_of_all(self):
+        drivers = [f"vmm::{vmm}::tests::{name}" for vmm in ("qemu", "cloud_hypervisor") for name in ("a", "b")]
+        self.write("cases", "".join(f"{d}: test\n" for d in drivers) + "".join(f"{c}: test\n" for c in CASES))
+        lines = "".join(f"test {d} ... {'FAILED' if d.endswith('hypervisor::tests::b') else 'ok'}\n" for d in drivers)
+        before = f"\nrunning 4 tests\n{lines}{END}"
+        self.assertEqual(self.run_of("c1", "qemu/2.1", before=before), 0)
+        self.assertEqual({r["VMM"].split()[0]: r["drivers"] for r in self.named()}, {"qemu": "2/2", "cloud-hypervisor": "**1/2** (b)"})
+        self.assertNotEqual(self.run_of("c2", "qemu/2.1", before=before, end="test qemu/1.6/exec::a ... "), 0)
 
     def test_machines_do_not_replace_each_other(self):
         self.run_of("c1", "qemu/", machine="M")

@@ -68,21 +68,26 @@ pub async fn is_restored(driver: &dyn Driver) {
     restores(driver, Rung::Standard).await;
 }
 
-/// A machine without what a rung masks goes on without it.
+/// A machine without what a rung masks goes on without it: a restore needs the mask of the boot.
+#[cfg(target_arch = "aarch64")]
 pub async fn is_restored_masked(driver: &dyn Driver) {
     restores(driver, Rung::NoPmu).await;
     restores(driver, Rung::Aggressive).await;
 }
 
 async fn restores(driver: &dyn Driver, rung: Rung) {
-    // What is on the console tells a machine that went on from one that began again.
+    // What is on the console tells a machine that went on from one that began again. In its lines as in the kernel's
+    // list it can be told by name whether it has performance counters, and SVE.
     let script = "mount -t virtiofs chsnap /mnt; echo BEGIN; n=0\n\
-        while :; do n=$((n+1)); echo \"tick $n of $(cat /mnt/hello)\"; sleep 0.2; done";
+        while :; do n=$((n+1)); echo \"tick $n of $(cat /mnt/hello)\"\n\
+        echo \"has $(ls /sys/bus/event_source/devices | grep -o ^armv8_pmu | uniq) $(grep -o -w -m1 sve /proc/cpuinfo | uniq) only\"\n\
+        sleep 0.2; done";
     let Some(mut bench) = Bench::new(script).await else { return };
     bench.spec.rung = rung;
     bench.spec.snapshot_dir = Some(bench.snapshot_dir().to_owned());
     let vm = driver.boot(&bench.spec).await.unwrap();
     shows(&*vm, "tick 3 of from the host").await;
+    has_what_the_rung_leaves(&vm.console(), rung);
     vm.snapshot(bench.snapshot_dir()).await.unwrap();
     let last = ticks(&vm.console());
     vm.kill().await;
@@ -100,9 +105,21 @@ async fn restores(driver: &dyn Driver, rung: Rung) {
         shows(&**vm, &format!("tick {} of ", last + 3)).await;
         let console = vm.console();
         assert!(!console.contains("BEGIN") && !console.contains("tick 1 "), "{name}: {console}");
+        has_what_the_rung_leaves(&console, rung);
         vm.kill().await;
         assert!(is_gone(vm.pid()));
         assert!(!clone.spec.run_dir.join("restore").exists());
+    }
+}
+
+/// `CHSNAP_TEST_FEATURES` names what the host has, with commas between.
+fn has_what_the_rung_leaves(console: &str, rung: Rung) {
+    let line = console.lines().rfind(|line| line.starts_with("has ") && line.ends_with(" only"));
+    let words: Vec<_> = line.unwrap_or_else(|| panic!("{console}")).split(' ').collect();
+    let host = std::env::var("CHSNAP_TEST_FEATURES").unwrap_or_default();
+    for (name, word, masked) in [("pmu", "armv8_pmu", rung.without_pmu()), ("sve", "sve", rung.without_sve())] {
+        let (has, could) = (words.contains(&word), host.split(',').any(|there| there == name));
+        assert!(if masked { !has } else { has || !could }, "{name} on {rung}: {console}");
     }
 }
 

@@ -168,8 +168,8 @@ pub async fn shows(vm: &dyn Vm, word: &str) {
 }
 
 fn initramfs(busybox: &[u8], init: &str) -> Vec<u8> {
-    let prologue = "#!/bin/busybox sh\nbusybox=/bin/busybox\n$busybox mkdir /sys /mnt\n\
-        $busybox mount -t devtmpfs dev /dev; $busybox mount -t sysfs sys /sys\n$busybox --install -s /bin\n";
+    let prologue = "#!/bin/busybox sh\nbusybox=/bin/busybox\n$busybox mkdir /proc /sys /mnt\n\
+        $busybox mount -t devtmpfs dev /dev; $busybox mount -t proc proc /proc; $busybox mount -t sysfs sys /sys\n$busybox --install -s /bin\n";
     let mut archive = Vec::new();
     entry(&mut archive, Path::new("bin"), 0o040_755, b"");
     entry(&mut archive, Path::new("bin/busybox"), 0o100_755, busybox);

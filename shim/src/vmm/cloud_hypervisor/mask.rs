@@ -62,12 +62,20 @@ fn request(number: u64) -> Result<SeccompCondition, BackendError> {
 mod tests {
     use std::path::Path;
 
-    use super::*;
-    use crate::child;
+    use chsnap_test_skip::skip;
 
-    /// What a program under the filter gets for these requests and arguments, on a device that knows none of them.
+    use super::*;
+    use crate::{child, vmm::kvm};
+
+    /// One that knows none of these requests.
+    const NULL: &str = "/dev/null";
+    /// The files of `/dev/kvm`: the device, and a vCPU of a machine that is made for that.
+    const DEVICE: usize = 0;
+    const VCPU: usize = 2;
+
+    /// What a program under the filter gets for these requests and arguments, on these files of `device`.
     /// `own` is a filter that the program installs itself, as Cloud Hypervisor does.
-    async fn answers(rung: Rung, own: &BpfProgram, requests: &[(u64, u64)]) -> Vec<String> {
+    async fn answers(rung: Rung, own: &BpfProgram, device: &str, requests: &[(usize, u64, u64)]) -> Vec<String> {
         const SCRIPT: &str = "\
 import ctypes, fcntl, os, sys
 own = bytes.fromhex(sys.argv[1])
@@ -78,11 +86,15 @@ if own:
     # PR_SET_NO_NEW_PRIVS; PR_SET_SECCOMP, SECCOMP_MODE_FILTER
     if prctl(38, 1, 0, 0, 0) or prctl(22, 2, ctypes.byref(Program(len(own) // 8, own))):
         sys.exit(os.strerror(ctypes.get_errno()))
-fd = os.open('/dev/null', os.O_RDONLY)
-for pair in sys.argv[2:]:
-    request, argument = map(int, pair.split(':'))
+files = [os.open(sys.argv[2], os.O_RDWR)]
+if sys.argv[2] == '/dev/kvm':
+    # KVM_CREATE_VM, KVM_CREATE_VCPU
+    files.append(fcntl.ioctl(files[0], 0xae01, 0))
+    files.append(fcntl.ioctl(files[1], 0xae41, 0))
+for triple in sys.argv[3:]:
+    file, request, argument = map(int, triple.split(':'))
     try:
-        print(fcntl.ioctl(fd, request, argument))
+        print(fcntl.ioctl(files[file], request, argument))
     except OSError as error:
         print(os.strerror(error.errno))
 ";
@@ -94,7 +106,8 @@ for pair in sys.argv[2:]:
             (code | u64::from(step.jt) << 16 | u64::from(step.jf) << 24 | k << 32).to_ne_bytes()
         });
         command.arg("-c").arg(SCRIPT).arg(own.map(|byte| format!("{byte:02x}")).collect::<String>());
-        command.args(requests.iter().map(|(request, argument)| format!("{request}:{argument}")));
+        command.arg(device);
+        command.args(requests.iter().map(|(file, request, argument)| format!("{file}:{request}:{argument}")));
         let output = command.output().await.unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect()
@@ -109,34 +122,60 @@ for pair in sys.argv[2:]:
         let refused = SeccompAction::Errno(libc::EPERM as u32);
         let arch = TargetArch::try_from(std::env::consts::ARCH).unwrap();
         let own = SeccompFilter::new(rules, SeccompAction::Allow, refused, arch).unwrap().try_into().unwrap();
-        let requests = [(KVM_CHECK_EXTENSION, KVM_CAP_ARM_PMU_V3), (TCSETS, 0), (0x5401, 0)];
+        let requests = [(DEVICE, KVM_CHECK_EXTENSION, KVM_CAP_ARM_PMU_V3), (DEVICE, TCSETS, 0), (DEVICE, 0x5401, 0)];
         let through = "Inappropriate ioctl for device";
         let masked = ["0", "Operation not permitted", through];
-        assert_eq!(answers(Rung::NoPmu, &own, &requests).await, masked);
-        assert_eq!(answers(Rung::NoPmu, &vec![], &requests).await, ["0", through, through]);
-        assert_eq!(answers(Rung::Standard, &own, &requests).await, [through, masked[1], through]);
+        assert_eq!(answers(Rung::NoPmu, &own, NULL, &requests).await, masked);
+        assert_eq!(answers(Rung::NoPmu, &vec![], NULL, &requests).await, ["0", through, through]);
+        assert_eq!(answers(Rung::Standard, &own, NULL, &requests).await, [through, masked[1], through]);
     }
 
     #[tokio::test]
     async fn only_the_named_requests_with_the_named_values_are_answered() {
         const THROUGH: &str = "Inappropriate ioctl for device";
         let requests = [
-            (KVM_CHECK_EXTENSION, KVM_CAP_ARM_PMU_V3),
-            (KVM_CHECK_EXTENSION, KVM_CAP_ARM_SVE),
-            (KVM_ARM_VCPU_FINALIZE, 4),
+            (DEVICE, KVM_CHECK_EXTENSION, KVM_CAP_ARM_PMU_V3),
+            (DEVICE, KVM_CHECK_EXTENSION, KVM_CAP_ARM_SVE),
+            (DEVICE, KVM_ARM_VCPU_FINALIZE, 4),
             // Near misses.
-            (KVM_CHECK_EXTENSION, KVM_CAP_ARM_PMU_V3 + 1),
-            (KVM_CHECK_EXTENSION + 1, KVM_CAP_ARM_PMU_V3),
-            (KVM_ARM_VCPU_FINALIZE - 1, 4),
-            (0x5401, KVM_CAP_ARM_SVE),
+            (DEVICE, KVM_CHECK_EXTENSION, KVM_CAP_ARM_PMU_V3 + 1),
+            (DEVICE, KVM_CHECK_EXTENSION + 1, KVM_CAP_ARM_PMU_V3),
+            (DEVICE, KVM_ARM_VCPU_FINALIZE - 1, 4),
+            (DEVICE, 0x5401, KVM_CAP_ARM_SVE),
         ];
         for (rung, masked) in [(Rung::Standard, 0), (Rung::NoPmu, 1), (Rung::Aggressive, 3)] {
-            let answers = answers(rung, &vec![], &requests).await;
+            let answers = answers(rung, &vec![], NULL, &requests).await;
             for (number, answer) in answers.iter().enumerate() {
                 let expected = if number < masked { "0" } else { THROUGH };
                 assert_eq!(answer, expected, "{rung}, request {:?}", requests[number]);
             }
             assert_eq!(answers.len(), requests.len());
         }
+    }
+
+    /// The host's own KVM: on arm64 with performance counters and SVE the mask makes the difference.
+    #[tokio::test]
+    async fn kvm_is_asked_whatever_is_not_masked() {
+        const KVM_CAP_USER_MEMORY: u64 = 3;
+        if let Err(error) = kvm::open() {
+            skip(error.to_string());
+            return;
+        }
+        let requests = [
+            (DEVICE, KVM_CHECK_EXTENSION, KVM_CAP_ARM_PMU_V3),
+            (DEVICE, KVM_CHECK_EXTENSION, KVM_CAP_ARM_SVE),
+            (DEVICE, KVM_CHECK_EXTENSION, KVM_CAP_USER_MEMORY),
+            (VCPU, KVM_ARM_VCPU_FINALIZE, 0),
+        ];
+        let of = async |rung| answers(rung, &vec![], kvm::DEVICE, &requests).await;
+        let offered = of(Rung::Standard).await;
+        let [pmu, sve, memory, finalized] = &offered[..] else { panic!("{offered:?}") };
+        assert!(memory == "1" && finalized.parse::<u32>().is_err(), "{offered:?}");
+        for (name, answer) in [("pmu", pmu), ("sve", sve)] {
+            let wanted = std::env::var("CHSNAP_TEST_FEATURES").unwrap_or_default();
+            assert!(answer == "1" || !wanted.split(',').any(|word| word == name), "the host's KVM has no {name}");
+        }
+        assert_eq!(of(Rung::NoPmu).await, ["0", sve, "1", finalized]);
+        assert_eq!(of(Rung::Aggressive).await, ["0", "0", "1", "0"]);
     }
 }

@@ -17,7 +17,9 @@ use crate::vmm::{
 
 fn qemu() -> Option<Qemu> {
     let program = tool("CHSNAP_QEMU", PROGRAM)?;
-    Some(Qemu { program, accelerator: Accelerator::Tcg })
+    // As the suite has it: where KVM is to be tested, it is there.
+    let kvm = std::env::var_os("CHSNAP_TEST_ACCELERATOR").is_some_and(|name| name == "kvm");
+    Some(Qemu { program, accelerator: if kvm { Accelerator::Kvm } else { Accelerator::Tcg } })
 }
 
 #[tokio::test]
@@ -50,6 +52,14 @@ async fn the_agent_channel_carries_bytes_both_ways_and_can_be_opened_again() {
 async fn a_snapshot_is_restored_twice_at_once() {
     let Some(qemu) = qemu() else { return };
     scenarios::is_restored(&qemu).await;
+}
+
+/// A rung means something there alone.
+#[cfg(target_arch = "aarch64")]
+#[tokio::test]
+async fn a_masked_machine_is_restored() {
+    let Some(qemu) = qemu() else { return };
+    scenarios::is_restored_masked(&qemu).await;
 }
 
 #[tokio::test]
