@@ -175,7 +175,10 @@ fn what_a_killed_build_has_left_is_pruned() {
     let hour_ago = SystemTime::now() - Duration::from_secs(3600);
     fs::File::create(&old).unwrap().set_modified(hour_ago).unwrap();
     fs::write(&young, "").unwrap();
-    let (alive, dead) = (std::process::id(), 4_194_999);
+    // Field 22 of proc_pid_stat(5).
+    let stat = fs::read_to_string("/proc/self/stat").unwrap();
+    let start = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(19).unwrap();
+    let (alive, dead) = (format!("{}.{start}", std::process::id()), "4194999.1");
     let list = format!("echo web; echo chsnap-build-{alive}; echo chsnap-build-{dead}");
     let views = format!("echo KEY PARENT KIND; echo chsnap-view-{alive}-ab; echo chsnap-view-{dead}-ab");
     let script = format!(

@@ -58,7 +58,8 @@ impl Coded for CgroupError {
         match self {
             Self::Limit { source, .. } => code_of(source),
             Self::BadName(_) => Code::INVALID_ARGUMENT,
-            Self::Alive(_) | Self::Restless(_) => Code::DEADLINE_EXCEEDED,
+            // Not DEADLINE_EXCEEDED: that would say that the agent did not answer.
+            Self::Alive(_) | Self::Restless(_) => Code::FAILED_PRECONDITION,
             Self::Make(..) | Self::Read(..) | Self::Remove(..) => Code::INTERNAL,
         }
     }

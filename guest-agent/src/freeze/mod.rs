@@ -53,7 +53,7 @@ pub enum FreezeError {
     Ended(u32),
     #[error(
         "the process was not ready within {ms} ms: it waits, having written more to its output than is kept for whoever \
-         reads it after a restore (64 KiB)"
+         reads it after a restore"
     )]
     Talkative { ms: u32 },
     #[error("the process was not ready within {ms} ms: {last}")]

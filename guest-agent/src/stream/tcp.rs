@@ -38,7 +38,7 @@ impl Coded for ConnectError {
     fn code(&self) -> Code {
         match self {
             Self::Refused(_) => Code::UNAVAILABLE,
-            Self::Timeout(_) => Code::DEADLINE_EXCEEDED,
+            Self::Timeout(_) => Code::UNAVAILABLE,
             Self::Io(_, e) => code_of(e),
             Self::Stream(e) => e.code(),
         }

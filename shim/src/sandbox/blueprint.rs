@@ -113,7 +113,7 @@ impl Blueprint {
         }
         // Each client writes its own, and all are understood alike.
         spec.set_version("1.0.0".into());
-        spec.set_mounts(Some(plan.guest_mounts().cloned().collect()));
+        spec.set_mounts(Some(plan.guest_mounts().collect()));
         spec.set_hostname(Some(HOSTNAME.into())).set_domainname(None).set_annotations(None).set_hooks(None);
         if let Some(root) = spec.root_mut() {
             root.set_path("rootfs".into()).set_readonly(Some(plan.readonly));
@@ -190,7 +190,8 @@ mod tests {
             "root": {"path": "rootfs"},
             "mounts": [
                 {"destination": "/proc", "type": "proc", "source": "proc"},
-                {"destination": "/etc/hosts", "type": "bind", "source": "/pods/1/hosts", "options": ["rbind"]}
+                {"destination": "/etc/hosts", "type": "bind", "source": "/pods/1/hosts", "options": ["rbind"]},
+                {"destination": "/dev/shm", "type": "bind", "source": "/pods/1/shm", "options": ["rbind", "ro"]}
             ],
             "linux": {
                 "cgroupsPath": "/pods/1",
@@ -219,6 +220,7 @@ mod tests {
             v["process"]["env"][2] = json!("DB_SERVICE_HOST=10.0.0.9");
             v["process"]["env"].as_array_mut().unwrap().push(json!("SESSION_ID=7"));
             v["mounts"][1]["source"] = json!("/pods/2/hosts");
+            v["mounts"][2]["source"] = json!("/pods/2/shm");
             v["linux"]["cgroupsPath"] = json!("/pods/2");
             v["linux"]["resources"] = json!({"cpu": {"shares": 1024}});
             v["linux"]["namespaces"][1]["path"] = json!("/run/netns/2");
@@ -271,7 +273,12 @@ mod tests {
         let again: Blueprint = serde_json::from_str(&text).unwrap();
         assert_eq!(again.process("a").unwrap(), blueprint.process("a").unwrap());
         let plan = Plan::of("template", again.spec).unwrap();
-        assert_eq!(plan.guest_mounts().count(), 1);
+        let mounts: Vec<_> = plan.guest_mounts().collect();
+        let [proc, shm] = &mounts[..] else { panic!("{mounts:?}") };
+        assert_eq!(proc.typ().as_deref(), Some("proc"));
+        // Of no pod: it is the template's own, to which it can write.
+        assert_eq!((shm.typ().as_deref(), shm.destination().to_str()), (Some("tmpfs"), Some("/dev/shm")));
+        assert!(shm.options().iter().flatten().all(|option| option != "ro"));
         assert_eq!(plan.spec().hostname().as_deref(), Some(HOSTNAME));
     }
 }

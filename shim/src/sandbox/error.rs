@@ -96,6 +96,9 @@ pub enum StartError {
     /// The host has no random numbers.
     #[error("the host gives no random numbers for the restored guest")]
     Fresh(#[source] io::Error),
+    /// A restored process does not bear it.
+    #[error("the restored process ended with status {0} as soon as it went on")]
+    Ended(u32),
     /// What is restored is still what it was restored from.
     #[error("the restored guest cannot be made one of its own")]
     Resume(#[source] AgentError),

@@ -108,6 +108,9 @@ pub(crate) fn network(spec: &Spec) -> Option<&Path> {
 /// File systems that the guest mounts itself.
 const GUEST_TYPES: &[&str] = &["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
 
+/// shm_overview(7)
+const SHARED_MEMORY: &str = "/dev/shm";
+
 /// The longest that a kernel takes, and a DNS label may be.
 const MAX_HOSTNAME: usize = 63;
 
@@ -244,10 +247,12 @@ impl Plan {
         Ok(resources.map(serde_json::to_vec).transpose()?.unwrap_or_default())
     }
 
-    /// Those of the mounts that the guest makes.
-    pub fn guest_mounts(&self) -> impl Iterator<Item = &Mount> {
+    /// Those of the mounts that the guest makes where nothing of the host's is bound: there is shared memory in any case, which
+    /// Kubernetes binds of the pod's.
+    pub fn guest_mounts(&self) -> impl Iterator<Item = Mount> {
         self.mounts.iter().filter_map(|wanted| match wanted {
-            Wanted::Guest(mount) => Some(mount),
+            Wanted::Guest(mount) => Some(mount.clone()),
+            Wanted::Bind(bind) if bind.destination == Path::new(SHARED_MEMORY) => Some(shared_memory()),
             Wanted::Bind(_) => None,
         })
     }
@@ -271,6 +276,15 @@ impl Division {
     pub fn staged_json(&self) -> Result<Vec<u8>, PlanError> {
         Ok(serde_json::to_vec(&self.guest_binds().collect::<Vec<_>>())?)
     }
+}
+
+/// As containerd's client and Kubernetes make it.
+fn shared_memory() -> Mount {
+    let options = ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"];
+    let mut mount = Mount::default();
+    mount.set_destination(SHARED_MEMORY.into()).set_typ(Some("tmpfs".into())).set_source(Some("shm".into()));
+    mount.set_options(Some(options.map(str::to_owned).into()));
+    mount
 }
 
 /// By its type, or by an option whatever the type is.

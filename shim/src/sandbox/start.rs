@@ -44,7 +44,8 @@ pub(super) async fn build(
     let virtiofsd = share::find_virtiofsd(&config.share, &mut scout).await?;
     guest_files(&config.guest)?;
     phases.mark("select");
-    let Ways { candidates, mut why_not, wanting } = ways::find(request, first, driver, &virtiofsd, &mut scout).await;
+    let Ways { candidates, mut why_not, mut otherwise, wanting } =
+        ways::find(request, first, driver, &virtiofsd, &mut scout).await;
     if candidates.is_empty() {
         return Err(StartError::Required { why: why_not.join("; ") });
     }
@@ -67,6 +68,7 @@ pub(super) async fn build(
                 let why = format!("the {way} snapshot was not restored: {}", chain(&error));
                 log::warn!("{}: {why}", request.id);
                 why_not.push(why);
+                why_not.append(&mut otherwise);
                 phases.mark("failed");
             }
         }

@@ -164,8 +164,10 @@ pub enum Wanting {
 /// The ways there are, best first; the last one is always possible, unless a snapshot is required.
 pub(super) struct Ways {
     pub candidates: Vec<Candidate>,
-    /// Why there is not a better one among them.
+    /// Why there is not a better one than the first of them.
     pub why_not: Vec<String>,
+    /// Why there is not a better one below that.
+    pub otherwise: Vec<String>,
     /// A template should be built.
     pub wanting: Option<Wanting>,
 }
@@ -178,7 +180,7 @@ pub(super) async fn find(
     virtiofsd: &VirtiofsdProgram,
     scout: &mut Scout,
 ) -> Ways {
-    let mut ways = Ways { candidates: Vec::new(), why_not: Vec::new(), wanting: None };
+    let mut ways = Ways { candidates: Vec::new(), why_not: Vec::new(), otherwise: Vec::new(), wanting: None };
     let wanted = request.overrides.snapshot(&request.config.snapshot);
     match Search::open(request, wanted, &*driver, virtiofsd, scout).await {
         Ok(search) => search.all(first, &mut ways, scout).await,
@@ -230,7 +232,7 @@ impl<'a> Search<'a> {
         let mut blueprint = None;
         match self.image(first, &mut blueprint, scout).await {
             Ok(restore) => {
-                let wanting = blueprint.filter(|_| self.may_be_fuller(&restore));
+                let wanting = blueprint.filter(|_| self.is_to_be_tried(&restore));
                 ways.wanting = wanting.map(|one| Wanting::Image(Box::new(one)));
                 ways.candidates.push(Candidate::Restore(Kind::Image, Box::new(restore)));
             }
@@ -243,7 +245,7 @@ impl<'a> Search<'a> {
         }
         match self.restore(Kind::Base, None, scout).await {
             Ok(restore) => {
-                if ways.wanting.is_none() && self.may_be_fuller(&restore) {
+                if ways.wanting.is_none() && self.is_to_be_tried(&restore) {
                     ways.wanting = Some(Wanting::Base);
                 }
                 if base_will_do {
@@ -254,7 +256,8 @@ impl<'a> Search<'a> {
                 if self.wants(&why) && ways.wanting.is_none() {
                     ways.wanting = Some(Wanting::Base);
                 }
-                ways.why_not.push(chain(&why));
+                let told = if ways.candidates.is_empty() { &mut ways.why_not } else { &mut ways.otherwise };
+                told.push(chain(&why));
             }
         }
     }
@@ -316,18 +319,20 @@ impl<'a> Search<'a> {
         Ok(self.none_because(Kind::Image, None))
     }
 
-    /// Whether a fuller rung than this snapshot's should be tried: a fuller one works now, or nobody knows, since that was
-    /// forgotten to be found out again.
-    fn may_be_fuller(&self, restore: &Restore) -> bool {
+    /// Whether what there is should be tried again, or a fuller rung than this snapshot's: a fuller one works now, or nobody
+    /// knows which does, since that was forgotten to be found out again.
+    fn is_to_be_tried(&self, restore: &Restore) -> bool {
         let Restore { rung, snapshot, .. } = restore;
-        let is_tried = |best: &Rung| snapshot.manifest().refusals.iter().any(|refusal| refusal.rung == *best);
-        let fuller = match (&self.outcome, snapshot.manifest().inputs.kind) {
-            (None, Kind::Base) => *rung > self.request.config.vmm.rung.here(),
+        // What the image's own process was refused; the base snapshots' rungs may be others by now.
+        let is_tried = |best: &Rung| {
+            snapshot.manifest().refusals.iter().any(|refusal| refusal.rung == *best && refusal.is_lasting())
+        };
+        let tried = match (&self.outcome, snapshot.manifest().inputs.kind) {
             // That is found out with base snapshots.
-            (None, Kind::Image) => false,
+            (None, kind) => kind == Kind::Base,
             (Some(outcome), _) => outcome.rung.is_some_and(|best| best < *rung && !is_tried(&best)),
         };
-        fuller && self.may_build()
+        tried && self.may_build()
     }
 
     async fn restore(&self, kind: Kind, process: Option<&Process>, scout: &mut Scout) -> Result<Restore, NoSnapshot> {

@@ -16,8 +16,8 @@ use crate::files;
 /// On a directory in which a container has been started.
 pub(super) const USED: &str = "trusted.chsnap.used";
 
-/// On one that is being made anew, and so is not whole: whoever was killed over that, or gave up, has left it so.
-const BROKEN: &str = "trusted.chsnap.broken";
+/// On one that is being written to, or made anew, and so is not whole: whoever was killed over that, or gave up, has left it so.
+pub(super) const BROKEN: &str = "trusted.chsnap.broken";
 
 /// For a difference to be written: whoever waits for the container boots instead, which takes less by then.
 const BEGIN: Duration = Duration::from_secs(120);
@@ -67,7 +67,8 @@ impl CloneRoot {
         match self {
             Self::Layered(_) => Ok(()),
             Self::Copied(dir) if xattr::get(dir, BROKEN).is_ok_and(|broken| broken.is_some()) => Err(io::Error::other(
-                "it was to be made anew after a failed restore, and that did not come to its end: remove the container",
+                "what a snapshot has in it was to be written there, or to be taken out again after a failed restore, and \
+                 that did not come to its end: remove the container",
             )),
             Self::Copied(dir) => match xattr::set(dir, USED, b"y") {
                 // Neither can it be claimed then.
@@ -98,8 +99,11 @@ impl CloneRoot {
     pub async fn begin(&self, mounts: &[RootMount], difference: &Path) -> Result<Vec<RootMount>, GraftError> {
         let Self::Copied(dir) = self else { return Ok(Overlay::with(mounts, difference)) };
         let (from, to) = (difference.to_owned(), dir.clone());
+        let failed = |source| GraftError::Io { path: dir.clone(), source };
+        xattr::set(dir, BROKEN, b"y").map_err(failed)?;
         let done = spawn_blocking(move || graft(&from, &to, BEGIN)).await;
-        done.unwrap_or_else(|error| Err(GraftError::Io { path: dir.clone(), source: io::Error::other(error) }))?;
+        done.unwrap_or_else(|error| Err(failed(io::Error::other(error))))?;
+        xattr::remove(dir, BROKEN).map_err(failed)?;
         Ok(mounts.to_vec())
     }
 
@@ -176,6 +180,7 @@ mod tests {
         assert!(root.claim().unwrap());
         assert!(!root.claim().unwrap());
         root.begin(&[], &place("difference")).await.unwrap();
+        root.mark().unwrap();
         assert_eq!(fs::read_to_string(place("root/etc/a")).unwrap(), "2");
         assert!(!root.claim().unwrap(), "the mark stays");
         fs::write(place("root/more"), "").unwrap();
@@ -183,5 +188,9 @@ mod tests {
         assert_eq!(fs::read_to_string(place("root/etc/a")).unwrap(), "1");
         assert!(!place("root/more").exists() && !root.claim().unwrap());
         assert!(root.take_back(&[place("image"), place("root")]).await.is_err());
+        // Half of a difference is none: nobody may start in it.
+        root.begin(&[], &place("none")).await.unwrap_err();
+        let error = root.mark().unwrap_err().to_string();
+        assert!(error.contains("did not come to its end: remove the container"), "{error}");
     }
 }

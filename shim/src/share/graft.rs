@@ -25,6 +25,7 @@ use nix::{
 };
 use thiserror::Error;
 
+use super::clone::{BROKEN, USED};
 use crate::files;
 
 const OVERLAY: &[u8] = b"trusted.overlay.";
@@ -201,7 +202,7 @@ fn attributes(from: &Path, meta: &Metadata, to: &Path) -> io::Result<()> {
 
 /// Of the host's, not of the image's: what marks the directory, and what a security module has to say of it.
 fn kept(name: &OsStr) -> bool {
-    name == super::clone::USED || name.as_bytes().starts_with(b"security.")
+    [USED, BROKEN].iter().any(|mark| name == *mark) || name.as_bytes().starts_with(b"security.")
 }
 
 #[cfg(test)]

@@ -58,13 +58,22 @@ pub struct Refusal {
     /// That was that nothing was answered in time.
     #[serde(default)]
     pub silent: bool,
+    /// That was a base snapshot, on whose rungs this one was built.
+    #[serde(default)]
+    pub of_base: bool,
 }
 
 impl Refusal {
     /// With a reason that would be the same a moment later.
     #[must_use]
     pub fn new(rung: Rung, why: impl Into<String>) -> Self {
-        Self { rung, why: why.into(), silent: false }
+        Self { rung, why: why.into(), silent: false, of_base: false }
+    }
+
+    /// Whether this very snapshot was refused there, and would be again.
+    #[must_use]
+    pub fn is_lasting(&self) -> bool {
+        !self.silent && !self.of_base
     }
 }
 

@@ -121,11 +121,26 @@ impl Store {
     /// See [`BuildError`]; [`BuildError::Busy`] where somebody else does it.
     pub fn build(&self, inputs: Inputs) -> Result<Building, BuildError> {
         let key = inputs.key();
-        let dir = self.root.join(format!("{NEW}{key}"));
-        let failed = |source| BuildError::Io { path: dir.clone(), source };
         if self.is_fit(&key) {
             return Err(BuildError::Exists { key });
         }
+        let building = self.build_again(inputs)?;
+        // Published between the first look and the lock.
+        if self.is_fit(&key) {
+            return Err(BuildError::Exists { key });
+        }
+        self.displace(&key).map_err(|source| BuildError::Io { path: self.root.join(key.as_str()), source })?;
+        Ok(building)
+    }
+
+    /// The same where there is one, which stays until [`Self::displace`].
+    ///
+    /// # Errors
+    /// See [`BuildError`].
+    pub fn build_again(&self, inputs: Inputs) -> Result<Building, BuildError> {
+        let key = inputs.key();
+        let dir = self.root.join(format!("{NEW}{key}"));
+        let failed = |source| BuildError::Io { path: dir.clone(), source };
         loop {
             match DirBuilder::new().mode(0o700).create(&dir) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
@@ -145,13 +160,7 @@ impl Store {
             files::empty(&dir).map_err(failed)?;
             let (root, budget) = (self.root.clone(), self.budget);
             let began = SystemTime::now();
-            let building = Building { root, dir: dir.clone(), inputs, budget, began, lock: Some(lock) };
-            // Published between the first look and the lock.
-            if self.is_fit(&key) {
-                return Err(BuildError::Exists { key });
-            }
-            self.displace(&key).map_err(failed)?;
-            return Ok(building);
+            return Ok(Building { root, dir: dir.clone(), inputs, budget, began, lock: Some(lock) });
         }
     }
 
@@ -161,6 +170,11 @@ impl Store {
         let dir = self.root.join(key.as_str());
         let checked = || Manifest::read(&dir, key)?.check(&dir, false);
         dir.exists() && !matches!(checked(), Err(FindError::Spoilt { .. }))
+    }
+
+    /// Whether somebody has it locked now.
+    fn is_in_use(&self, key: &Key) -> bool {
+        matches!(lock(&self.root.join(key.as_str()), FlockArg::LockExclusiveNonblock), Ok(None))
     }
 
     /// All of them, the most recently used first.
@@ -272,12 +286,15 @@ impl Building {
     fn make_room(&self, bytes: u64) -> Result<(), BuildError> {
         let store = Store { root: self.root.clone(), budget: self.budget };
         let failed = |error: ListError| BuildError::Io { path: error.path, source: error.source };
-        store.prune(self.budget.saturating_sub(bytes)).map_err(failed)?.log();
-        let in_use: u64 = store.list().map_err(failed)?.iter().map(|entry| entry.bytes).sum();
-        match in_use + bytes <= self.budget {
+        let room = |in_use: u64| match in_use + bytes <= self.budget {
             true => Ok(()),
             false => Err(BuildError::Full { bytes, in_use, budget: self.budget }),
-        }
+        };
+        // Nothing is let go of in vain.
+        let in_use = store.list().map_err(failed)?.into_iter().filter(|entry| store.is_in_use(&entry.key));
+        room(in_use.map(|entry| entry.bytes).sum())?;
+        store.prune(self.budget.saturating_sub(bytes)).map_err(failed)?.log();
+        room(store.list().map_err(failed)?.iter().map(|entry| entry.bytes).sum())
     }
 }
 

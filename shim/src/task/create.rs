@@ -219,17 +219,22 @@ impl Service {
             request.id,
             state.phases_us
         );
-        // A builder that was killed when nobody watched it any more has nobody else to clear away after it.
-        let config = request.config.clone();
-        let _ = tokio::task::spawn_blocking(move || template::clear_away(&config)).await;
-        if let Some(wanting) = &started.wanting {
+        let order = started.wanting.as_ref().map(|wanting| {
             let order = Order::of(request.config, request.overrides, request.shape);
-            template::launch(match wanting {
+            match wanting {
                 Wanting::Base => order,
                 Wanting::Image(blueprint) => order.of_image(blueprint, new.rootfs, request.place(new.id)),
-            })
-            .await;
-        }
+            }
+        });
+        // A builder that was killed together with its janitor has nobody else to clear away after it. Not before the pod: what
+        // is in the way of that takes its time.
+        let config = request.config.clone();
+        tokio::spawn(async move {
+            let _ = tokio::task::spawn_blocking(move || template::clear_away(&config)).await;
+            if let Some(order) = order {
+                template::launch(order).await;
+            }
+        });
         Ok((streams, sandbox))
     }
 }

@@ -96,8 +96,10 @@ impl Workshop<'_> {
         let rungs = footing.from.and_barer();
         // Nobody has seen it work here, or somebody wants that seen again.
         let proven = ladder.outcome(&footing).and_then(|outcome| outcome.rung);
-        let attempt =
-            async |rung, refusals: &[Refusal]| self.attempt(rung, proven != Some(rung), refusals, scout, tell).await;
+        let wanted = !self.order.beside && self.order.image.is_none();
+        let attempt = async |rung, refusals: &[Refusal]| {
+            self.attempt(rung, wanted || proven != Some(rung), refusals, scout, tell).await
+        };
         let Climbed { on, refusals } = climb(rungs, Rung::moot, known.as_ref(), attempt).await?;
         let Some((rung, built)) = on else {
             ladder.learn(footing, None, refusals);
@@ -284,6 +286,10 @@ impl Running {
 
     pub fn vm(&self) -> &dyn Vm {
         &*self.vm
+    }
+
+    pub fn parts(&mut self) -> (&Agent, &dyn Vm, &mut Virtiofsd) {
+        (&self.agent, &*self.vm, &mut self.virtiofsd)
     }
 
     pub async fn end(mut self) {

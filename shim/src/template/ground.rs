@@ -3,6 +3,8 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
 use super::{Order, TemplateError};
@@ -23,6 +25,10 @@ const CGROUP: &str = "/chsnap-builders";
 const OVERHEAD_MIB: u64 = 768;
 /// And beside the guest's CPUs.
 const VMM_CPUS: u32 = 1;
+
+/// Who clears away after a builder has its place for a moment.
+const ATTEMPTS: u32 = 10;
+const BETWEEN: Duration = Duration::from_millis(250);
 
 /// Removes what builders have left on this host that were killed.
 pub fn clear_away(config: &Config) {
@@ -59,22 +65,22 @@ impl Ground {
         let Config { state, snapshot, .. } = &order.config;
         // One by hand is always allowed.
         let places = if order.beside { snapshot.builders } else { snapshot.builders.max(1) };
-        for number in 0..places {
-            let dir = match PodDir::claim(&state.dir.join(DIR).join(number.to_string())) {
-                Ok(dir) => dir,
-                Err(DirError::Taken { .. }) => continue,
-                Err(error) => return Err(error.into()),
-            };
-            let cgroup = bounds(order, bounded(order, dir.path()), tell).inspect_err(|_| dir.remove())?;
-            let share = Share::create(dir.path());
-            let mut ground = Self { dir, cgroup, share: None };
-            match share {
-                Ok(share) => ground.share = Some(share),
-                Err(error) => return Err(TemplateError::Start(RootError::from(error).into())),
+        let dir = (0..ATTEMPTS).find_map(|attempt| {
+            if attempt > 0 && places > 0 {
+                thread::sleep(BETWEEN);
             }
-            return Ok(ground);
+            let mut dirs = (0..places).map(|number| PodDir::claim(&state.dir.join(DIR).join(number.to_string())));
+            dirs.find(|dir| !matches!(dir, Err(DirError::Taken { .. })))
+        });
+        let dir = dir.ok_or(TemplateError::Busy(places))??;
+        let cgroup = bounds(order, bounded(order, dir.path()), tell).inspect_err(|_| dir.remove())?;
+        let share = Share::create(dir.path());
+        let mut ground = Self { dir, cgroup, share: None };
+        match share {
+            Ok(share) => ground.share = Some(share),
+            Err(error) => return Err(TemplateError::Start(RootError::from(error).into())),
         }
-        Err(TemplateError::Busy(places))
+        Ok(ground)
     }
 
     /// Its directory.

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use chsnap_protocol::{FIRST_HOME, agent::AdoptRequest};
+use chsnap_protocol::FIRST_HOME;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -16,6 +16,7 @@ use super::{
     climb::{Climbed, Step, climb},
     is_lasting,
     limit::{ExcessError, within},
+    prove::Saved,
     told,
 };
 use crate::{
@@ -29,16 +30,14 @@ use crate::{
         machine::{self, Origin},
     },
     share::{Overlay, RootMount, Share},
-    snapshot::{BuildError, Held, Inputs, Kind, Ladder, Layers, ROOT, Refusal, nameless},
+    snapshot::{BuildError, Held, Inputs, Ladder, Layers, ROOT, Refusal, nameless},
     task::chain,
     vmm::{self, Driver, Rung, SnapshotError, VmSpec},
 };
 
 /// Beside the root difference, while it is being made: what overlayfs works in, and what the trial writes.
-const WORK: &str = "work";
+pub(super) const WORK: &str = "work";
 const TRIAL: &str = "trial";
-/// The container in the restored guest of a trial.
-const ADOPTED: &str = "trial";
 
 /// What an image snapshot is made from.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -160,12 +159,12 @@ impl Workshop<'_> {
             Err(error) => return Err(self.nameless(image, error, scout).await),
         };
         let attempt = async |rung, refusals: &[Refusal]| {
-            let refusals = [fuller, refusals].concat();
+            let of_base = fuller.iter().map(|refusal| Refusal { of_base: true, ..refusal.clone() });
+            let refusals = of_base.chain(refusals.iter().cloned()).collect();
             let error = match self.image_on(rung, refusals, image, &chain_id, &lowers, scout, tell).await {
                 Ok(built) => return Step::Works(built),
                 Err(TemplateError::Process(ProcessError::Save(error))) => RungError::Save(error),
-                // Hooks that fail do so on every rung.
-                Err(TemplateError::Process(ProcessError::Trial(error))) if !matches!(error, StartError::Adopt(_)) => {
+                Err(TemplateError::Process(ProcessError::Trial(error))) if !is_of_hooks(&error) => {
                     RungError::Trial(error)
                 }
                 Err(error) => return Step::Broken(error),
@@ -217,8 +216,14 @@ impl Workshop<'_> {
         if let Some(failure) = ladder.failure(&key).filter(|_| self.order.beside) {
             return Err(TemplateError::Lately(failure.why.clone()));
         }
-        let building = match self.store.build(inputs) {
+        let building = match self.store.build(inputs.clone()) {
             Ok(building) => building,
+            // Whoever waits for it wants one that works.
+            Err(BuildError::Exists { .. }) if !self.order.beside => {
+                let again = self.image_again(&*driver, inputs, (image, lowers), tell).await?;
+                let Some(building) = again else { return Ok(Built::There(key)) };
+                building
+            }
             Err(BuildError::Exists { key }) => return Ok(Built::There(key)),
             Err(error) => return Err(error.into()),
         };
@@ -249,12 +254,9 @@ impl Workshop<'_> {
         into: &Path,
         tell: &mut dyn FnMut(&str),
     ) -> Result<(), ProcessError> {
-        let Config { deadlines, snapshot, .. } = &self.order.config;
-        let limit = snapshot.root_limit.as_bytes();
-        let Blueprint { spec, ready, streams, own_env } = &image.blueprint;
+        let limit = self.order.config.snapshot.root_limit.as_bytes();
+        let Blueprint { spec, ready, streams, .. } = &image.blueprint;
         let plan = Plan::of(TEMPLATE, spec.clone())?;
-        let spec = machine::spec(&self.order.config, self.order.shape(), self.ground.dir(), self.ground.cgroups());
-        let restored = machine::templates_spec(spec, Kind::Image, rung);
         let stdio = (*streams).into();
 
         let (root, work) = (into.join(ROOT), into.join(WORK));
@@ -263,7 +265,7 @@ impl Workshop<'_> {
         let rootfs = [Overlay::mount(lowers, &root, &work)];
         let new = NewContainer { id: TEMPLATE, rootfs: &rootfs, plan: &plan, stdio };
         let container = Placed::new(self.ground.share(), &rootfs, &new).map_err(guest)?;
-        let boot = VmSpec { snapshot_dir: Some(into.to_owned()), ..restored.clone() };
+        let boot = VmSpec { snapshot_dir: Some(into.to_owned()), ..self.image_spec(rung) };
         let running = self.start(driver, &boot, Origin::Boot).await.map_err(ProcessError::Guest)?;
         let saved = async {
             let agent = running.agent();
@@ -284,31 +286,8 @@ impl Workshop<'_> {
         remove(&work)?;
 
         tell(&format!("{rung}: restoring it by way of trial"));
-        let trial = into.join(TRIAL);
-        let (upper, work) = (trial.join(ROOT), trial.join(WORK));
-        directory(&trial, None)?;
-        directory(&upper, lowers.first())?;
-        directory(&work, None)?;
-        let lowers: Vec<_> = [root].into_iter().chain(lowers.iter().cloned()).collect();
-        let rootfs = [Overlay::mount(&lowers, &upper, &work)];
-        let container = Placed::new(self.ground.share(), &rootfs, &new).map_err(guest)?;
-        let tried = self.start(driver, &restored, Origin::Snapshot(Kind::Image, into)).await;
-        let running = tried.map_err(ProcessError::Trial)?;
-        let adoption = AdoptRequest {
-            from: TEMPLATE.into(),
-            container_id: ADOPTED.into(),
-            hostname: plan.spec().hostname().clone().unwrap_or_default(),
-            env: own_env.clone(),
-            ..Default::default()
-        };
-        let adopted = async {
-            let adopted = running.agent().adopt(adoption, deadlines.hooks.duration()).await;
-            adopted.map_err(|error| ProcessError::Trial(StartError::Adopt(error)))
-        };
-        let adopted = within(&upper, limit, adopted).await;
-        running.end().await;
-        drop(container);
-        adopted?;
+        let (trial, saved) = (into.join(TRIAL), Saved { from: into, image, lowers });
+        self.try_image(driver, rung, &saved, &trial).await?;
         tell(&format!("{rung}: {ready} came, and a clone works"));
         remove(&trial)
     }
@@ -336,13 +315,17 @@ impl Workshop<'_> {
 }
 
 /// A container's root in the share; no longer there when dropped.
-struct Placed<'a> {
+pub(super) struct Placed<'a> {
     share: &'a Share,
     spec_json: Vec<u8>,
 }
 
 impl<'a> Placed<'a> {
-    fn new(share: Option<&'a Share>, rootfs: &[RootMount], new: &NewContainer<'_>) -> Result<Self, StartError> {
+    pub(super) fn new(
+        share: Option<&'a Share>,
+        rootfs: &[RootMount],
+        new: &NewContainer<'_>,
+    ) -> Result<Self, StartError> {
         let share = share.ok_or(StartError::NoShare)?;
         let (spec_json, _) = add_root(share, FIRST_HOME, rootfs, new)?;
         Ok(Self { share, spec_json })
@@ -355,12 +338,17 @@ impl Drop for Placed<'_> {
     }
 }
 
+/// Hooks that fail do so on every rung. Not so a machine that ends over them, or an agent.
+pub(super) fn is_of_hooks(error: &StartError) -> bool {
+    matches!(error, StartError::Adopt(error) if !error.is_of_channel())
+}
+
 /// Whether containerd has said that there is no image, and not just failed to name one.
 pub(super) fn is_of_no_image(error: &TemplateError) -> bool {
     matches!(error, TemplateError::Origin(OriginError::NoImage { .. }))
 }
 
-fn guest(error: StartError) -> ProcessError {
+pub(super) fn guest(error: StartError) -> ProcessError {
     ProcessError::Guest(error)
 }
 
@@ -370,7 +358,7 @@ fn shown(inputs: &Inputs) -> String {
 }
 
 /// The top of a container's root is whose that of the image is.
-fn directory(path: &Path, like: Option<&PathBuf>) -> Result<(), ProcessError> {
+pub(super) fn directory(path: &Path, like: Option<&PathBuf>) -> Result<(), ProcessError> {
     let made = fs::create_dir(path).and_then(|()| match like.map(fs::metadata).transpose()? {
         Some(meta) => {
             fs::set_permissions(path, meta.permissions())?;

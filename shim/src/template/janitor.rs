@@ -115,6 +115,8 @@ impl Duty {
         }
         // A client of containerd's that it had asked lives on, and what that makes is to be removed, too.
         let (mark, asked) = (format!("-{builder}"), Instant::now());
+        // One that it had started last may not have its arguments yet.
+        thread::sleep(EVERY);
         while proc::is_argument(&mark) && asked.elapsed() < origin::PATIENCE {
             thread::sleep(EVERY);
         }

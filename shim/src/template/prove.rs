@@ -1,18 +1,48 @@
-//! What is there already, tried again: a snapshot may stop to work for a reason that its key does not have.
+//! Trials of what was saved: before anybody gets to see it, and again later, since a snapshot may stop to work for a reason that
+//! its key does not have.
 
-use std::path::Path;
-
-use crate::{
-    sandbox::machine::{self, Origin},
-    snapshot::{Footing, Key, Kind},
-    task::chain,
-    vmm::{Driver, Rung},
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
 };
+
+use chsnap_protocol::agent::AdoptRequest;
+use tokio::time::timeout;
 
 use super::{
     RungError, TemplateError,
     builder::{Unbuilt, Workshop},
+    image::{ImageOrder, Placed, ProcessError, WORK, directory, guest, is_of_hooks},
+    limit::within,
 };
+use crate::{
+    agent::Agent,
+    sandbox::{
+        Blueprint, NewContainer, Plan, StartError, TEMPLATE,
+        machine::{self, Origin},
+    },
+    share::Overlay,
+    snapshot::{Building, FindError, Footing, Inputs, Key, Kind, ROOT},
+    task::chain,
+    vmm::{Driver, Rung, VmSpec},
+};
+
+/// The container in the restored guest of a trial.
+const ADOPTED: &str = "trial";
+/// How long its process is watched, once it goes on: what a CPU does not bear ends it at once.
+const WATCHED: Duration = Duration::from_millis(300);
+/// Exit statuses of processes that a signal has ended are above.
+const SIGNALLED: u32 = 128;
+
+/// An image's process that was saved.
+pub(super) struct Saved<'a> {
+    /// Where.
+    pub from: &'a Path,
+    /// Which.
+    pub image: &'a ImageOrder,
+    /// The image's layers, the topmost first.
+    pub lowers: &'a [PathBuf],
+}
 
 impl Workshop<'_> {
     /// Restores the base snapshot that is there by way of trial. One that fails gives way, and so does whatever else was saved
@@ -24,8 +54,12 @@ impl Workshop<'_> {
         key: &Key,
         tell: &mut dyn FnMut(&str),
     ) -> Result<bool, Unbuilt> {
-        // What cannot be used, whoever builds its successor has out of the way.
-        let Ok(Some(there)) = self.store.find(key) else { return Ok(true) };
+        let there = match self.store.find(key) {
+            Ok(Some(there)) => there,
+            // Somebody has removed it since it was seen.
+            Ok(None) => return Ok(false),
+            Err(error) => return self.displace(key, &error, tell).map(|()| false).map_err(Unbuilt::from),
+        };
         tell(&format!("{rung}: restoring {}, which is there, by way of trial", key.short()));
         let error = match self.restore(driver, rung, there.dir()).await {
             Ok(()) => return Ok(true),
@@ -51,5 +85,96 @@ impl Workshop<'_> {
         let trial = self.start(driver, &restored, Origin::Snapshot(Kind::Base, from)).await;
         trial.map_err(RungError::Trial)?.end().await;
         Ok(())
+    }
+
+    /// What cannot be used gives way.
+    fn displace(&self, key: &Key, why: &FindError, tell: &mut dyn FnMut(&str)) -> Result<(), TemplateError> {
+        tell(&chain(why));
+        self.store.displace(key).map_err(TemplateError::Spent)
+    }
+
+    /// Restores the image snapshot that is there by way of trial: nothing where it works, else a place for another.
+    pub(super) async fn image_again(
+        &self,
+        driver: &dyn Driver,
+        inputs: Inputs,
+        (image, lowers): (&ImageOrder, &[PathBuf]),
+        tell: &mut dyn FnMut(&str),
+    ) -> Result<Option<Building>, TemplateError> {
+        let (key, rung) = (inputs.key(), inputs.rung);
+        let building = self.store.build_again(inputs)?;
+        let there = match self.store.find(&key) {
+            Ok(Some(there)) => there,
+            Ok(None) => return Ok(Some(building)),
+            Err(error) => return self.displace(&key, &error, tell).map(|()| Some(building)),
+        };
+        tell(&format!("{rung}: restoring {}, which is there, by way of trial", key.short()));
+        let saved = Saved { from: there.dir(), image, lowers };
+        let error = match self.try_image(driver, rung, &saved, &building.dir().join(ADOPTED)).await {
+            Ok(()) => return Ok(None),
+            Err(ProcessError::Trial(error)) if !is_of_hooks(&error) => RungError::Trial(error),
+            Err(error) => return Err(error.into()),
+        };
+        if error.is_for_want_of_room() || error.is_silence() {
+            return Err(TemplateError::Room(error));
+        }
+        tell(&format!("{rung}: {}", chain(&error)));
+        building.clear()?;
+        self.store.displace(&key).map_err(TemplateError::Spent)?;
+        Ok(Some(building))
+    }
+
+    /// Restores an image's process as for a pod, and has it go on; what it writes goes into `scratch`.
+    pub(super) async fn try_image(
+        &self,
+        driver: &dyn Driver,
+        rung: Rung,
+        saved: &Saved<'_>,
+        scratch: &Path,
+    ) -> Result<(), ProcessError> {
+        let Blueprint { spec, streams, own_env, .. } = &saved.image.blueprint;
+        let plan = Plan::of(TEMPLATE, spec.clone())?;
+        let (upper, work) = (scratch.join(ROOT), scratch.join(WORK));
+        directory(scratch, None)?;
+        directory(&upper, saved.lowers.first())?;
+        directory(&work, None)?;
+        let lowers: Vec<_> = [saved.from.join(ROOT)].into_iter().chain(saved.lowers.iter().cloned()).collect();
+        let rootfs = [Overlay::mount(&lowers, &upper, &work)];
+        let new = NewContainer { id: TEMPLATE, rootfs: &rootfs, plan: &plan, stdio: (*streams).into() };
+        let container = Placed::new(self.ground.share(), &rootfs, &new).map_err(guest)?;
+        let origin = Origin::Snapshot(Kind::Image, saved.from);
+        let mut running = self.start(driver, &self.image_spec(rung), origin).await.map_err(ProcessError::Trial)?;
+        let adoption = AdoptRequest {
+            from: TEMPLATE.into(),
+            container_id: ADOPTED.into(),
+            hostname: plan.spec().hostname().clone().unwrap_or_default(),
+            env: own_env.clone(),
+            ..Default::default()
+        };
+        let config = &self.order.config;
+        let hooks = config.deadlines.hooks.duration();
+        let (agent, vm, virtiofsd) = running.parts();
+        let goes_on = machine::while_alive(vm, virtiofsd, goes_on(agent, adoption, hooks));
+        let limit = config.snapshot.root_limit.as_bytes();
+        let tried = within(&upper, limit, async { goes_on.await.map_err(ProcessError::Trial) }).await;
+        running.end().await;
+        drop(container);
+        tried
+    }
+
+    /// The machine in which such a process goes on.
+    pub(super) fn image_spec(&self, rung: Rung) -> VmSpec {
+        let spec = machine::spec(&self.order.config, self.order.shape(), self.ground.dir(), self.ground.cgroups());
+        machine::templates_spec(spec, Kind::Image, rung)
+    }
+}
+
+async fn goes_on(agent: &Agent, adoption: AdoptRequest, hooks: Duration) -> Result<(), StartError> {
+    agent.adopt(adoption, hooks).await.map_err(StartError::Adopt)?;
+    agent.start(ADOPTED, "").await.map_err(StartError::Container)?;
+    match timeout(WATCHED, agent.wait(ADOPTED, "")).await {
+        Ok(Ok(end)) if end.exit_status > SIGNALLED => Err(StartError::Ended(end.exit_status)),
+        Ok(ended) => ended.map(drop).map_err(StartError::Agent),
+        Err(_) => Ok(()),
     }
 }

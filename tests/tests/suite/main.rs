@@ -43,6 +43,7 @@ mod share;
 mod signals;
 mod sizes;
 mod snapshot;
+mod snapshot_builder;
 mod snapshot_image;
 mod snapshot_image_built;
 mod snapshot_image_native;

@@ -13,7 +13,8 @@ use serde_json::Value;
 
 use crate::{
     events, image,
-    snapshot::{container, finished, list, own, way},
+    snapshot::{container, list, own, way},
+    snapshot_builder::finished,
     snapshot_image_built::{
         as_asked, builder_killed, built_ahead, built_like, held_open, killed_ahead, neither_restored, not_ready,
     },
@@ -113,6 +114,8 @@ fn asked(pod: &Started<'_>) -> Result<Value> {
 
 pub fn is(env: &Env, pod: &Started<'_>, expected: &str, because: &str) -> Result<()> {
     let (way, why_not) = way(env, pod)?;
+    // There is no better one.
+    ensure!(expected != "image" || why_not.is_empty(), "{why_not}");
     ensure!(way == expected && why_not.contains(because), "{way} ({why_not}), not {expected} ({because})");
     Ok(())
 }

@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 use crate::{
     events,
     faulty::{Faulty, NOT_RESTORED},
-    snapshot::{build, container, finished, janitors, kill_builder, template_runs, way},
+    snapshot::{build, container, list, way},
+    snapshot_builder::{finished, janitors, kill_builder, template_runs},
     snapshot_image::{imaged, is, kinds},
 };
 
@@ -55,7 +56,9 @@ pub fn not_ready(env: &Env) -> Result<()> {
 
 /// Before the first pod there is what it is restored from, made of the image's name alone.
 pub fn built_ahead(env: &Env) -> Result<()> {
-    let settings = imaged(env).set("snapshot", "builders", "0");
+    let broken = env.dir.join("broken");
+    let faulty = Faulty { at: "restore", text: NOT_RESTORED, unless: None, only: Some(&broken), hangs: None };
+    let settings = faulty.set(imaged(env).set("snapshot", "builders", "0"), env, "ahead")?;
     let script = "echo up; : > /ready; while :; do sleep 0.1; done";
     let build = |reference: &str, streams: &[&str]| -> Result<Run> {
         let run = env.chsnap_with(&settings, ["snapshot", "build", reference, "--ready", "file:///ready"])?;
@@ -86,7 +89,24 @@ pub fn built_ahead(env: &Env) -> Result<()> {
     build(chsnap_tests::IMAGE, &["--stdin"])?.text()?;
     let same = run()?;
     is(env, &same, "image", "")?;
-    same.remove()
+    same.remove()?;
+    // What is there is tried again. One that fails gives way, and another takes its place, if it works.
+    fs::write(&broken, "")?;
+    let refused = build(chsnap_tests::IMAGE, &[])?.output()?;
+    ensure!(refused.stderr.contains("which is there, by way of trial"), "{}", refused.whole());
+    ensure!(refused.code != 0 && refused.stderr.contains(NOT_RESTORED), "{}", refused.whole());
+    let all = list(env, &settings)?;
+    ensure!(!all.iter().any(|one| one["key"] == key.as_str()), "{all:?}");
+    fs::remove_file(&broken)?;
+    ensure!(build(chsnap_tests::IMAGE, &[])?.text()? == key);
+    let works = build(chsnap_tests::IMAGE, &[])?.output()?.success()?;
+    ensure!(works.stderr.contains("which is there, by way of trial"), "{}", works.whole());
+    // Without the other kind there is still no better way.
+    let base = all.iter().find(|one| one["manifest"]["inputs"]["kind"] == "base").context("no base snapshot")?;
+    env.chsnap_with(&settings, ["snapshot", "rm", base["key"].as_str().unwrap_or_default()])?.text()?;
+    let pod = container(env, &settings).sh(script).annotation("io.chsnap.ready", "file:///ready").start()?;
+    is(env, &pod, "image", "")?;
+    pod.remove()
 }
 
 /// Killed at whatever moment, a build of an image leaves nothing: not on the host, and not in containerd.
@@ -167,6 +187,12 @@ pub fn built_like(env: &Env) -> Result<()> {
     is(env, &pause, "image", "")?;
     app.wait_log("up")?;
     ensure!(app.sh("uname -n")? == pause.id);
+    // Another starts beside it, in the guest that was restored.
+    let second = container(env, &settings).of_pod(&pause.id, "container").sh("echo beside; sleep 1000").start()?;
+    second.wait_log("beside")?;
+    ensure!(second.sh("cat /dev/chsnap/epoch")? == app.sh("cat /dev/chsnap/epoch")?, "it is in another machine");
+    second.remove()?;
+    ensure!(app.sh("echo on")? == "on");
     app.remove()?;
     pause.remove()?;
     let spec =

@@ -6,7 +6,8 @@ use anyhow::{Context, Result, ensure};
 use chsnap_tests::{Env, Started, eventually};
 
 use crate::{
-    snapshot::{container, finished},
+    snapshot::container,
+    snapshot_builder::finished,
     snapshot_image::{digest, imaged, is},
 };
 

@@ -178,7 +178,7 @@ fn row(entry: &Entry) -> [String; 11] {
         mib(entry.bytes),
         manifest.created_at.clone(),
         used,
-        inputs.process.as_ref().map_or_else(|| "-".into(), |process| process.args.join(" ")),
+        inputs.process.as_ref().map_or_else(|| "-".into(), |process| printable(&process.args.join(" "))),
     ]
 }
 
@@ -200,7 +200,7 @@ fn inspect(one: &One) -> Outcome {
         ["size".to_owned(), mib(entry.bytes)],
     ];
     for (name, value) in inputs.as_object().into_iter().flatten() {
-        rows.push([name.clone(), value.as_str().map_or_else(|| value.to_string(), str::to_owned)]);
+        rows.push([name.clone(), printable(&value.as_str().map_or_else(|| value.to_string(), str::to_owned))]);
     }
     for (name, content) in &manifest.files {
         rows.push([format!("file {name}"), format!("{} bytes, {}", content.size, content.digest)]);
@@ -290,6 +290,11 @@ fn resolve(entries: &[Entry], beginning: &str) -> Result<Key, String> {
         (Some(_), _) => Err(format!("{beginning:?} begins the keys of several snapshots: write more of it")),
         (None, _) => Err(format!("there is no snapshot {beginning:?}: `chsnap snapshot ls` lists them")),
     }
+}
+
+/// An image's words: on one line, and not the terminal's to act on.
+fn printable(words: &str) -> String {
+    words.replace(char::is_control, " ")
 }
 
 fn time(at: SystemTime) -> String {
