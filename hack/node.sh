@@ -109,16 +109,10 @@ boot() {
   take_lock "node-${STATE##*/}"
   no_node
   prepare
-  mkdir -p "$OUT" "$SOCKETS"
-  chmod 700 "$SOCKETS"
+  mkdir -p "$OUT"
   : >"$STATE/console.log"
   : >"$STATE/machine.log"
   printf '%s\n' "$MODEL" >"$STATE/cpu"
-  rm -f "$STATE/scratch.ext4"
-  truncate -s 16G "$STATE/scratch.ext4"
-  # Without a journal: the disk does not outlive the machine.
-  mke2fs -q -t ext4 -O ^has_journal -E nodiscard,lazy_itable_init=1 "$STATE/scratch.ext4" ||
-    die "cannot make the scratch disk $STATE/scratch.ext4"
   say "booting an $ARCH node ($MODEL, $CPUS CPUs, $MEMORY)"
   deadline=$((SECONDS + START_TIMEOUT))
   # See the shim's vmm/arch.rs: a busy host's node measures a clock that is far too fast.

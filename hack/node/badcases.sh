@@ -81,8 +81,9 @@ gone() {
     [ -n "$left" ] || break
     sleep 0.1
   done
-  [ -z "$left" ] || wrong "$1: left running: $left"
-  for left in "$STATE/scratch.ext4" "$SOCKETS"; do [ ! -e "$left" ] || wrong "$1: left $left"; done
+  for left in $left "$STATE/scratch.ext4" "$SOCKETS"; do
+    [[ $left == /* && ! -e $left ]] || { wrong "$1: left $left" && return; }
+  done
   say "$1: nothing is left"
 }
 

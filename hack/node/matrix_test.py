@@ -84,11 +84,20 @@ class Matrix(unittest.TestCase):
         self.assertEqual(self.rows(), {("qemu", "c1"): ("**2/3 of 4** (a 2.1)", "–")})
         self.run_of("c1", "qemu/1.6/exec::b", failed=["qemu/1.6/exec::b"])
         self.assertEqual(self.named()[0]["exec"].split("** ")[1], "(a 2.1, b 1.6)")
+        self.run_of("c1", "qemu/2.1/exec::a")
+        self.assertEqual(self.rows(), {("qemu", "c1"): ("**2/3 of 4** (b 1.6)", "–")})
         # Another commit's does not hide it either.
-        self.run_of("c2", "qemu/1.6/exec", "qemu/2.1/exec::b")
+        self.run_of("c2", "qemu/2.1/exec", "qemu/1.6/exec::a")
         self.assertIn(("qemu", "c1"), self.rows())
         self.run_of("c2", "qemu/2.1/exec", "qemu/1.6/exec")
         self.assertEqual(self.rows(), {("qemu", "c2"): ("4/4", "–")})
+
+    def test_what_is_whole_stays_so(self):
+        self.run_of("c1", "qemu/", failed=["qemu/1.6/exec::a"])
+        self.run_of("c1", "qemu/2.1/exec")
+        self.assertEqual(self.rows(), {("qemu", "c1"): ("**3/4** (a 1.6)", "2/2")})
+        self.run_of("c1", "qemu/1.6/exec::a")
+        self.assertEqual(self.rows(), {("qemu", "c1"): ("4/4", "2/2")})
 
     def test_another_commit_has_its_own_row_until_it_has_all(self):
         self.run_of("c1", "qemu/")

@@ -4,6 +4,7 @@
 //! there is, and a reader that waits can be dropped at any time without losing a byte.
 
 mod error;
+mod full;
 mod tcp;
 
 use std::{
@@ -19,7 +20,6 @@ use std::{
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
-    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         socket::{Shutdown, shutdown},
         termios::{LocalFlags, SpecialCharacterIndices, tcgetattr},
@@ -299,22 +299,7 @@ impl Streams {
 
     /// Whether whoever writes to the stream has to wait for a reader.
     pub fn is_full(&self, id: u64) -> bool {
-        let Ok(stream) = self.get(id) else { return false };
-        let Some(channel) = stream.reader.as_ref() else { return false };
-        match channel.kind {
-            // How much fits is the kernel's to know: its other end is asked.
-            Kind::Terminal => {
-                let Ok(peer) = sys::terminal_peer(channel.fd.as_fd()) else { return false };
-                let mut writable = [PollFd::new(peer.as_fd(), PollFlags::POLLOUT)];
-                return poll(&mut writable, PollTimeout::ZERO).is_ok_and(|ready| ready == 0);
-            }
-            Kind::Tcp => return false,
-            Kind::Pipe => {}
-        }
-        let size = fcntl(channel.fd.get_ref(), FcntlArg::F_GETPIPE_SZ).ok().and_then(|size| usize::try_from(size).ok());
-        let held = sys::bytes_available(channel.fd.as_fd()).ok();
-        // What does not fit into the last page has to wait.
-        held.zip(size).is_some_and(|(held, size)| held + libc::PIPE_BUF > size)
+        self.get(id).is_ok_and(|stream| stream.reader.as_ref().is_some_and(|channel| channel.is_full()))
     }
 
     /// Forgets what belongs to a session that has ended.
@@ -371,20 +356,6 @@ mod tests {
             seen.extend(data);
         }
         assert_eq!(seen, sent);
-    }
-
-    #[tokio::test]
-    async fn a_writer_that_has_to_wait_is_seen() {
-        let streams = Streams::default();
-        let (read, pipe_end) = pipe().unwrap();
-        let terminal = nix::pty::openpty(None, None).unwrap();
-        for (ours, theirs, kind) in [(read, pipe_end, Kind::Pipe), (terminal.master, terminal.slave, Kind::Terminal)] {
-            let id = streams.add_reader(Arc::new(Channel::new(ours, kind).unwrap())).unwrap();
-            assert!(!streams.is_full(id), "{kind:?}");
-            fcntl(&theirs, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
-            while write(&theirs, &[b'x'; 512]).is_ok() {}
-            assert!(streams.is_full(id), "{kind:?}");
-        }
     }
 
     #[tokio::test]

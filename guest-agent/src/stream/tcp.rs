@@ -37,8 +37,8 @@ pub enum ConnectError {
 impl Coded for ConnectError {
     fn code(&self) -> Code {
         match self {
-            Self::Refused(_) => Code::UNAVAILABLE,
-            Self::Timeout(_) => Code::UNAVAILABLE,
+            // Not DEADLINE_EXCEEDED: that would say that the agent did not answer.
+            Self::Refused(_) | Self::Timeout(_) => Code::UNAVAILABLE,
             Self::Io(_, e) => code_of(e),
             Self::Stream(e) => e.code(),
         }

@@ -172,7 +172,7 @@ pub(super) struct Ways {
     pub wanting: Option<Wanting>,
 }
 
-/// Looks for what there is.
+/// Looks for them.
 pub(super) async fn find(
     request: &Request<'_>,
     first: &NewContainer<'_>,
@@ -256,8 +256,7 @@ impl<'a> Search<'a> {
                 if self.wants(&why) && ways.wanting.is_none() {
                     ways.wanting = Some(Wanting::Base);
                 }
-                let told = if ways.candidates.is_empty() { &mut ways.why_not } else { &mut ways.otherwise };
-                told.push(chain(&why));
+                (if ways.candidates.is_empty() { &mut ways.why_not } else { &mut ways.otherwise }).push(chain(&why));
             }
         }
     }

@@ -231,7 +231,15 @@ fn the_newest_does_not_go_again_at_once() {
     let error = filled(&store, of(4)).publish(vec![], u64::MAX).unwrap_err();
     assert!(matches!(error, BuildError::Full { .. }) && error.to_string().contains("[snapshot] budget"), "{error}");
     assert_eq!(store.list().unwrap().len(), 2);
-    drop(both);
+    // Nor does one that nobody uses give way to what does not fit all the same.
+    let (used, idle) = both;
+    drop(idle);
+    let large = filled(&store, of(5));
+    fs::write(large.dir().join("more"), [1; 150_000]).unwrap();
+    let error = large.publish(vec![], u64::MAX).unwrap_err();
+    assert!(matches!(error, BuildError::Full { .. }), "{error}");
+    assert!(store.find(&new).unwrap().is_some());
+    drop(used);
     // One that cannot be read counts, too.
     fs::write(store.root.join(new.as_str()).join("manifest.json"), "{").unwrap();
     assert!(store.list().unwrap().iter().all(|entry| entry.bytes >= 100_000));

@@ -219,22 +219,18 @@ impl Service {
             request.id,
             state.phases_us
         );
-        let order = started.wanting.as_ref().map(|wanting| {
+        if let Some(wanting) = &started.wanting {
             let order = Order::of(request.config, request.overrides, request.shape);
-            match wanting {
+            template::launch(match wanting {
                 Wanting::Base => order,
                 Wanting::Image(blueprint) => order.of_image(blueprint, new.rootfs, request.place(new.id)),
-            }
-        });
-        // A builder that was killed together with its janitor has nobody else to clear away after it. Not before the pod: what
-        // is in the way of that takes its time.
+            })
+            .await;
+        }
+        // A builder that was killed together with its janitor has nobody else to clear away after it. The pod does not wait for
+        // that: what is in the way may take its time.
         let config = request.config.clone();
-        tokio::spawn(async move {
-            let _ = tokio::task::spawn_blocking(move || template::clear_away(&config)).await;
-            if let Some(order) = order {
-                template::launch(order).await;
-            }
-        });
+        drop(tokio::task::spawn_blocking(move || template::clear_away(&config)));
         Ok((streams, sandbox))
     }
 }

@@ -38,7 +38,7 @@ pub async fn build(order: &Order, tell: &mut dyn FnMut(&str)) -> Result<Built, T
         None => None,
     };
     // Also of a build that is given up half-way nothing is left.
-    let ground = Ground::claim(order, tell)?;
+    let ground = Ground::claim(order, tell).await?;
     build_on(&ground, order, named, store, tell).await
 }
 

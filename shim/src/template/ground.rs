@@ -3,9 +3,10 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
-    thread,
     time::Duration,
 };
+
+use tokio::time::sleep;
 
 use super::{Order, TemplateError};
 use crate::{
@@ -33,12 +34,18 @@ const BETWEEN: Duration = Duration::from_millis(250);
 /// Removes what builders have left on this host that were killed.
 pub fn clear_away(config: &Config) {
     let entries = fs::read_dir(config.state.dir.join(DIR)).into_iter().flatten().flatten();
-    for dir in entries.filter_map(|entry| PodDir::claim(&entry.path()).ok()) {
+    let left: Vec<_> = entries.filter_map(|entry| PodDir::claim(&entry.path()).ok()).collect();
+    // While a builder to come waits for these places: else it would find its own in the store taken.
+    sweep(config);
+    for dir in left {
         if let Ok(mut cgroup) = Cgroup::find(CGROUP, dir.path()) {
             cgroup.remove();
         }
         dir.remove_of_dying();
     }
+}
+
+fn sweep(config: &Config) {
     // To look is no reason to make it.
     if !config.snapshot.dir.is_dir() {
         return;
@@ -61,17 +68,22 @@ pub(super) struct Ground {
 
 impl Ground {
     /// Takes one of the places, and clears away what a builder that was killed has left there.
-    pub fn claim(order: &Order, tell: &mut dyn FnMut(&str)) -> Result<Self, TemplateError> {
+    pub async fn claim(order: &Order, tell: &mut dyn FnMut(&str)) -> Result<Self, TemplateError> {
         let Config { state, snapshot, .. } = &order.config;
         // One by hand is always allowed.
         let places = if order.beside { snapshot.builders } else { snapshot.builders.max(1) };
-        let dir = (0..ATTEMPTS).find_map(|attempt| {
-            if attempt > 0 && places > 0 {
-                thread::sleep(BETWEEN);
-            }
+        let claim = || {
             let mut dirs = (0..places).map(|number| PodDir::claim(&state.dir.join(DIR).join(number.to_string())));
             dirs.find(|dir| !matches!(dir, Err(DirError::Taken { .. })))
-        });
+        };
+        let mut dir = claim();
+        for _ in 0..ATTEMPTS {
+            if dir.is_some() || places == 0 {
+                break;
+            }
+            sleep(BETWEEN).await;
+            dir = claim();
+        }
         let dir = dir.ok_or(TemplateError::Busy(places))??;
         let cgroup = bounds(order, bounded(order, dir.path()), tell).inspect_err(|_| dir.remove())?;
         let share = Share::create(dir.path());

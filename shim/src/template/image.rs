@@ -37,7 +37,7 @@ use crate::{
 
 /// Beside the root difference, while it is being made: what overlayfs works in, and what the trial writes.
 pub(super) const WORK: &str = "work";
-const TRIAL: &str = "trial";
+pub(super) const TRIAL: &str = "trial";
 
 /// What an image snapshot is made from.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -339,7 +339,7 @@ impl Drop for Placed<'_> {
 }
 
 /// Hooks that fail do so on every rung. Not so a machine that ends over them, or an agent.
-pub(super) fn is_of_hooks(error: &StartError) -> bool {
+fn is_of_hooks(error: &StartError) -> bool {
     matches!(error, StartError::Adopt(error) if !error.is_of_channel())
 }
 

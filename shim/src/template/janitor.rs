@@ -62,17 +62,15 @@ impl Janitor {
         Ok(janitor)
     }
 
-    fn say(&mut self, text: &[u8]) -> io::Result<()> {
-        self.0.stdin.as_mut().map_or(Ok(()), |stdin| stdin.write_all(text))
-    }
-}
-
-impl Drop for Janitor {
-    /// There is nothing left to do for it.
-    fn drop(&mut self) {
+    /// There is nothing left to do for it. Where it is not told so, something may be left, and it waits for this process's end.
+    pub fn done(mut self) {
         let _ = self.say(DONE);
         self.0.stdin = None;
         let _ = self.0.wait();
+    }
+
+    fn say(&mut self, text: &[u8]) -> io::Result<()> {
+        self.0.stdin.as_mut().map_or(Ok(()), |stdin| stdin.write_all(text))
     }
 }
 

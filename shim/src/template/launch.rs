@@ -93,16 +93,18 @@ fn try_serve() -> Result<ExitCode, ServeError> {
     io::stdin().take(MAX_ORDER).read_to_end(&mut order).map_err(ServeError::Order)?;
     let order: Order = serde_json::from_slice(&order).map_err(|error| ServeError::Order(error.into()))?;
     let place = order.image.as_ref().map(|image| (&*order.config.snapshot.ctr, &image.place));
-    let _janitor = Janitor::watch(&order.config, place).map_err(ServeError::Janitor)?;
+    let janitor = Janitor::watch(&order.config, place).map_err(ServeError::Janitor)?;
     sys::stand_back().map_err(ServeError::Process)?;
     isolate().map_err(ServeError::Namespaces)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServeError::Process)?;
     Ok(match runtime.block_on(build(&order, &mut |line| say(line))) {
         Ok(Built::New(key)) => {
+            janitor.done();
             say(&format!("the snapshot {} is there", key.short()));
             ExitCode::SUCCESS
         }
         Ok(Built::There(key)) => {
+            janitor.done();
             say(&format!("the snapshot {} was there already", key.short()));
             ExitCode::SUCCESS
         }

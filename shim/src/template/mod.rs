@@ -17,7 +17,7 @@ use crate::{
     origin::{OriginError, Place},
     sandbox::{Blueprint, DirError, StartError},
     share::{Overlay, RootMount, VirtiofsdError},
-    snapshot::{BuildError, InputsError, Key, ListError, OpenError},
+    snapshot::{BuildError, FindError, InputsError, Key, ListError, OpenError},
     task::chain,
     vmm::{SelectError, SnapshotError},
 };
@@ -130,6 +130,12 @@ pub enum TemplateError {
     /// Its machine had to give way, or had no room: that says nothing about the rung.
     #[error("the host had no room for it, or somebody killed it")]
     Room(#[source] RungError),
+    /// Its machine did not answer, on a host that may have had other things to do.
+    #[error("the one that is there did not answer in time, and is kept")]
+    Silent(#[source] RungError),
+    /// One that is there cannot be looked at.
+    #[error(transparent)]
+    Find(#[from] FindError),
     /// The one that is there works no more, and cannot be replaced.
     #[error("a snapshot that is there fails its trial restore, and cannot be removed")]
     Spent(#[source] io::Error),

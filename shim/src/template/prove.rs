@@ -7,12 +7,13 @@ use std::{
 };
 
 use chsnap_protocol::agent::AdoptRequest;
+use nix::sys::signal::Signal;
 use tokio::time::timeout;
 
 use super::{
     RungError, TemplateError,
     builder::{Unbuilt, Workshop},
-    image::{ImageOrder, Placed, ProcessError, WORK, directory, guest, is_of_hooks},
+    image::{ImageOrder, Placed, ProcessError, TRIAL, WORK, directory, guest},
     limit::within,
 };
 use crate::{
@@ -31,8 +32,9 @@ use crate::{
 const ADOPTED: &str = "trial";
 /// How long its process is watched, once it goes on: what a CPU does not bear ends it at once.
 const WATCHED: Duration = Duration::from_millis(300);
-/// Exit statuses of processes that a signal has ended are above.
-const SIGNALLED: u32 = 128;
+/// How what a CPU does not bear ends a process: its number above 128, see signal(7). Other statuses are the process's own affair.
+const NOT_BORNE: [Signal; 6] =
+    [Signal::SIGILL, Signal::SIGTRAP, Signal::SIGBUS, Signal::SIGFPE, Signal::SIGSEGV, Signal::SIGSYS];
 
 /// An image's process that was saved.
 pub(super) struct Saved<'a> {
@@ -58,7 +60,9 @@ impl Workshop<'_> {
             Ok(Some(there)) => there,
             // Somebody has removed it since it was seen.
             Ok(None) => return Ok(false),
-            Err(error) => return self.displace(key, &error, tell).map(|()| false).map_err(Unbuilt::from),
+            // The builder of its successor has it out of the way.
+            Err(FindError::Spoilt { .. }) => return Ok(false),
+            Err(error) => return Err(TemplateError::from(error).into()),
         };
         tell(&format!("{rung}: restoring {}, which is there, by way of trial", key.short()));
         let error = match self.restore(driver, rung, there.dir()).await {
@@ -87,12 +91,6 @@ impl Workshop<'_> {
         Ok(())
     }
 
-    /// What cannot be used gives way.
-    fn displace(&self, key: &Key, why: &FindError, tell: &mut dyn FnMut(&str)) -> Result<(), TemplateError> {
-        tell(&chain(why));
-        self.store.displace(key).map_err(TemplateError::Spent)
-    }
-
     /// Restores the image snapshot that is there by way of trial: nothing where it works, else a place for another.
     pub(super) async fn image_again(
         &self,
@@ -103,22 +101,24 @@ impl Workshop<'_> {
     ) -> Result<Option<Building>, TemplateError> {
         let (key, rung) = (inputs.key(), inputs.rung);
         let building = self.store.build_again(inputs)?;
-        let there = match self.store.find(&key) {
-            Ok(Some(there)) => there,
-            Ok(None) => return Ok(Some(building)),
-            Err(error) => return self.displace(&key, &error, tell).map(|()| Some(building)),
-        };
+        // One that is spoilt would not be there for whoever builds.
+        let Some(there) = self.store.find(&key)? else { return Ok(Some(building)) };
         tell(&format!("{rung}: restoring {}, which is there, by way of trial", key.short()));
         let saved = Saved { from: there.dir(), image, lowers };
-        let error = match self.try_image(driver, rung, &saved, &building.dir().join(ADOPTED)).await {
+        let error = match self.try_image(driver, rung, &saved, &building.dir().join(TRIAL)).await {
             Ok(()) => return Ok(None),
-            Err(ProcessError::Trial(error)) if !is_of_hooks(&error) => RungError::Trial(error),
+            Err(ProcessError::Trial(error)) => RungError::Trial(error),
             Err(error) => return Err(error.into()),
         };
-        if error.is_for_want_of_room() || error.is_silence() {
+        // Neither says anything about what was saved.
+        if error.is_for_want_of_room() {
             return Err(TemplateError::Room(error));
         }
+        if error.is_silence() {
+            return Err(TemplateError::Silent(error));
+        }
         tell(&format!("{rung}: {}", chain(&error)));
+        drop(there);
         building.clear()?;
         self.store.displace(&key).map_err(TemplateError::Spent)?;
         Ok(Some(building))
@@ -173,8 +173,24 @@ async fn goes_on(agent: &Agent, adoption: AdoptRequest, hooks: Duration) -> Resu
     agent.adopt(adoption, hooks).await.map_err(StartError::Adopt)?;
     agent.start(ADOPTED, "").await.map_err(StartError::Container)?;
     match timeout(WATCHED, agent.wait(ADOPTED, "")).await {
-        Ok(Ok(end)) if end.exit_status > SIGNALLED => Err(StartError::Ended(end.exit_status)),
+        Ok(Ok(end)) if is_not_borne(end.exit_status) => Err(StartError::Ended(end.exit_status)),
         Ok(ended) => ended.map(drop).map_err(StartError::Agent),
         Err(_) => Ok(()),
+    }
+}
+
+fn is_not_borne(exit_status: u32) -> bool {
+    NOT_BORNE.iter().any(|signal| exit_status == 128 + *signal as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_a_cpu_does_not_bear_is_held_against_a_rung() {
+        assert!([132, 135, 136, 139].into_iter().all(is_not_borne));
+        // An error, a want of memory, a pipe that nobody reads, a program's -1.
+        assert!(![0, 1, 128, 137, 141, 143, 255].into_iter().any(is_not_borne));
     }
 }

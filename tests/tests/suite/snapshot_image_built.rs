@@ -97,6 +97,10 @@ pub fn built_ahead(env: &Env) -> Result<()> {
     ensure!(refused.code != 0 && refused.stderr.contains(NOT_RESTORED), "{}", refused.whole());
     let all = list(env, &settings)?;
     ensure!(!all.iter().any(|one| one["key"] == key.as_str()), "{all:?}");
+    let hidden = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().starts_with('.');
+    let left: Vec<_> =
+        fs::read_dir(env.dir.join("snapshots"))?.flatten().filter(hidden).map(|e| e.file_name()).collect();
+    ensure!(left.is_empty(), "{left:?} is left");
     fs::remove_file(&broken)?;
     ensure!(build(chsnap_tests::IMAGE, &[])?.text()? == key);
     let works = build(chsnap_tests::IMAGE, &[])?.output()?.success()?;

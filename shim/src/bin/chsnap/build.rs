@@ -104,7 +104,7 @@ pub fn run(build: &Build) -> Outcome {
     let overrides = build.overrides(like.as_ref())?;
     let shape = shape(&config, &overrides, like.as_ref())?;
     let (client, place) = (build.containerd.client(&config), build.containerd.place());
-    let _janitor = Janitor::watch(&config, build.image.as_ref().map(|_| (&*client, &place)))
+    let janitor = Janitor::watch(&config, build.image.as_ref().map(|_| (&*client, &place)))
         .map_err(|error| format!("cannot run who clears away after a build that is killed: {error}"))?;
     template::isolate().map_err(|error| format!("cannot enter namespaces of its own, run this as root: {error}"))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -147,7 +147,9 @@ pub fn run(build: &Build) -> Outcome {
         container.remove().await?;
         built
     });
-    let (key, new) = match built? {
+    let built = built?;
+    janitor.done();
+    let (key, new) = match built {
         Built::New(key) => (key, true),
         Built::There(key) => (key, false),
     };
