@@ -48,14 +48,14 @@ pub fn tool(variable: &str, name: &str) -> Option<PathBuf> {
 /// What a kernel that can be booted is called on this architecture.
 const KERNEL: &str = if cfg!(target_arch = "aarch64") { "Image" } else { "vmlinux" };
 
-/// A guest's directory with its kernel, and `busybox` for an initramfs of our own.
+/// A guest's directory with its kernel and its initramfs, which has the drivers of all of its devices, and busybox.
 fn guest() -> Option<PathBuf> {
     let arch = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
     let dir = env::var_os("CHSNAP_TEST_GUEST").map_or_else(|| target().join("guest").join(arch), PathBuf::from);
-    if dir.join(KERNEL).is_file() && dir.join("busybox").is_file() {
+    if dir.join(KERNEL).is_file() && dir.join("initramfs").is_file() {
         return Some(dir);
     }
-    skip_without_setup(format!("no {KERNEL} and busybox in {dir:?}: set CHSNAP_TEST_GUEST, or run `make build`"));
+    skip_without_setup(format!("no {KERNEL} and initramfs in {dir:?}: set CHSNAP_TEST_GUEST, or run `make build`"));
     None
 }
 
@@ -68,7 +68,7 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// A guest whose only process is this shell script; a machine that panics where it ends.
+    /// A guest whose only process is this shell script, beside drivers for its devices; a machine that panics where it ends.
     pub async fn new(init: &str) -> Option<Self> {
         let (guest, virtiofsd) = (guest()?, tool("CHSNAP_VIRTIOFSD", "virtiofsd")?);
         let dir = tempfile::tempdir().unwrap();
@@ -76,7 +76,7 @@ impl Bench {
         fs::create_dir(at("root")).unwrap();
         fs::create_dir(at("run")).unwrap();
         fs::write(at("root/hello"), "from the host").unwrap();
-        fs::write(at("initramfs"), initramfs(&fs::read(guest.join("busybox")).unwrap(), init)).unwrap();
+        fs::write(at("initramfs"), initramfs(fs::read(guest.join("initramfs")).unwrap(), init)).unwrap();
         let share = Command::new(virtiofsd)
             .args(["--sandbox=none", "--inode-file-handles=never", "--migration-mode=find-paths", "--log-level=error"])
             .arg("--shared-dir")
@@ -115,10 +115,6 @@ impl Bench {
     /// The same with the guest's own initramfs, whose first process is the agent.
     pub async fn with_agent() -> Option<Self> {
         let initramfs = guest()?.join("initramfs");
-        if !initramfs.is_file() {
-            skip_without_setup(format!("no {initramfs:?}: run `make build`"));
-            return None;
-        }
         let mut bench = Self::new("").await?;
         bench.spec.initramfs = initramfs;
         Some(bench)
@@ -167,12 +163,13 @@ pub async fn shows(vm: &dyn Vm, word: &str) {
     assert!(seen.is_ok() && vm.console().contains(word), "{word} is not on the console: {}", vm.console());
 }
 
-fn initramfs(busybox: &[u8], init: &str) -> Vec<u8> {
+/// The guest's own with another first program: the kernel takes several archives in one, and of a name the last.
+fn initramfs(mut archive: Vec<u8>, init: &str) -> Vec<u8> {
+    // Cloud Hypervisor 53 panics when it restores a device that no driver has set up.
     let prologue = "#!/bin/busybox sh\nbusybox=/bin/busybox\n$busybox mkdir /proc /sys /mnt\n\
-        $busybox mount -t devtmpfs dev /dev; $busybox mount -t proc proc /proc; $busybox mount -t sysfs sys /sys\n$busybox --install -s /bin\n";
-    let mut archive = Vec::new();
-    entry(&mut archive, Path::new("bin"), 0o040_755, b"");
-    entry(&mut archive, Path::new("bin/busybox"), 0o100_755, busybox);
+        $busybox mount -t devtmpfs dev /dev; $busybox mount -t proc proc /proc; $busybox mount -t sysfs sys /sys\n\
+        while read -r _ module; do $busybox insmod $module; done </etc/modules.load\n$busybox --install -s /bin\n";
+    archive.resize(archive.len().next_multiple_of(4), 0);
     entry(&mut archive, Path::new("init"), 0o100_755, format!("{prologue}{init}\n").as_bytes());
     entry(&mut archive, Path::new("TRAILER!!!"), 0, b"");
     archive

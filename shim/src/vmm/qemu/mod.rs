@@ -171,11 +171,13 @@ fn socket_pair(what: &'static str) -> Result<(StdStream, OwnedFd), BootError> {
 
 /// What to do about the usual reasons. QEMU's own text says what is wrong, seldom what to do.
 fn advice(said: &str) -> &'static str {
-    const KNOWN: [(&str, &str); 6] = [
+    const KNOWN: [(&str, &str); 7] = [
         ("KVM kernel module", "; load the kvm module and give access to /dev/kvm, or set accelerator = \"tcg\""),
         ("failed to initialize kvm", "; KVM does not work on this host: set accelerator = \"tcg\""),
         ("Cannot allocate memory", "; the host cannot give that much memory: lower the VM's memory"),
         ("cannot set up guest memory", "; the host cannot give that much memory: lower the VM's memory"),
+        // What arm64's KVM has it say.
+        ("but memory exceeds it by", "; no such machine has that much memory: lower the VM's memory"),
         ("SMP CPUs", "; lower the number of vCPUs"),
         ("could not load kernel", "; the kernel must be an ELF vmlinux or an arm64 Image"),
     ];
