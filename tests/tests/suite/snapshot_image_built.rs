@@ -167,7 +167,8 @@ pub fn built_like(env: &Env) -> Result<()> {
         let id = pause.id.clone();
         let pause = pause.of_pod(&id, "sandbox").annotation("io.kubernetes.cri.sandbox-memory", &limit);
         let pause = pause.command(["/pause"]).start()?;
-        let app = ready().of_pod(&id, "container").sh("echo up; : > /ready; while :; do sleep 0.1; done");
+        let script = "echo up > /dev/shm/up && cat /dev/shm/up && : > /ready; while :; do sleep 0.1; done";
+        let app = ready().of_pod(&id, "container").sh(script);
         let app =
             app.flags(["--cap-add", "CAP_NET_ADMIN", "--with-ns", "uts:/proc/1/ns/uts", "--memory-limit", &limit]);
         Ok((pause, app.start()?))
@@ -183,7 +184,12 @@ pub fn built_like(env: &Env) -> Result<()> {
     let like = file.display().to_string();
     let missing = build(&["--like", &like])?.output()?;
     ensure!(missing.code != 0 && missing.stderr.contains(&format!("specification {like:?}")), "{}", missing.whole());
-    fs::write(&file, env.ctr().text(["containers", "info", "--spec", &app.id])?)?;
+    // There, shared memory is a bind of the pod's.
+    let mut spec: Value = serde_json::from_str(&env.ctr().text(["containers", "info", "--spec", &app.id])?)?;
+    let mounts = spec["mounts"].as_array_mut().context("no mounts")?;
+    let shm = mounts.iter_mut().find(|mount| mount["destination"] == "/dev/shm").context("no /dev/shm")?;
+    *shm = json!({ "destination": "/dev/shm", "type": "bind", "source": env.dir, "options": ["rbind", "ro"] });
+    fs::write(&file, spec.to_string())?;
     app.remove()?;
     pause.remove()?;
     build(&["--like", &like])?.text()?;
