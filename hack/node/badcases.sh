@@ -99,9 +99,9 @@ begun() {
 # A node for one command goes with whoever began it, killed or interrupted, at whatever moment.
 for how in "KILL booting an" "KILL begun" "INT booting an" "INT begun" "TERM begun" "HUP begun"; do
   signal=${how%% *} moment=${how#* }
-  # With a group of its own and the default for SIGINT, as from a terminal.
+  # With a group of its own and the default for SIGINT, as from a terminal, whatever this script was given.
   set -m
-  "$NODE" run "echo begun; sleep 1000" >"$WORK/said" 2>&1 </dev/null &
+  env --default-signal=INT "$NODE" run "echo begun; sleep 1000" >"$WORK/said" 2>&1 </dev/null &
   set +m
   begun "$moment"
   if [ "$signal" = INT ]; then kill -INT -- "-$!"; else kill "-$signal" "$!"; fi
