@@ -72,6 +72,9 @@ no_node() {
   ! keeper >/dev/null || die "an $ARCH node runs already: stop it first (ARCH=$ARCH hack/node.sh stop), or set NAME"
 }
 
+# Bash goes on after an interrupt if what it waits for ends in another way at that moment.
+trap 'trap - INT; kill -INT $$' INT
+
 # What keeps the node that this run has booted.
 started=
 

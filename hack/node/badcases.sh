@@ -105,6 +105,12 @@ for how in "KILL booting an" "KILL begun" "INT booting an" "INT begun" "TERM beg
   set +m
   begun "$moment"
   if [ "$signal" = INT ]; then kill -INT -- "-$!"; else kill "-$signal" "$!"; fi
+  # One that goes on is to be told of, not waited for.
+  for _ in $(seq 200); do
+    kill -0 "$!" 2>/dev/null || break
+    sleep 0.1
+  done
+  if kill -KILL "$!" 2>/dev/null; then wrong "SIG$signal, with '$moment': it goes on"; fi
   wait "$!" 2>/dev/null || true
   gone "SIG$signal, with '$moment'"
 done
