@@ -136,6 +136,9 @@ class Machine:
             if room.f_bfree * room.f_frsize < ROOM:
                 raise Trouble(f"no space left below {self.args.state}, where the node's disk is: {ROOM >> 20} MiB are needed")
             ready, _, _ = select.select([wake] + starter, [], [], 1)
+            if starter and starter[0] in ready:
+                # Its word may have come together with its end, too late for this look.
+                ready += select.select([wake], [], [], 0.2)[0]
             said = os.read(wake, 64) if wake in ready else b""
             if signal.SIGTERM in said:
                 return
