@@ -51,7 +51,7 @@ lost() {
   exit 125
 }
 
-client() { python3 "$ROOT/hack/node/run.py" "$SOCKETS" "$@"; }
+client() { python3 "$ROOT/hack/node/run.py" "$SOCKETS" "$1" --connect "$START_TIMEOUT" "${@:2}"; }
 
 # The process that keeps the node: it holds the lock and has written its id there.
 keeper() {
@@ -185,6 +185,7 @@ halt() {
 # Runs the client in a running node, or in one that lives only for it.
 within() {
   local rc=0
+  # OWN_NODE: whoever is there may hold older files.
   if [ -z "${OWN_NODE:-}" ] && keeper >/dev/null; then
     same_cpu
     client "$@" || rc=$?
@@ -200,7 +201,7 @@ within() {
 }
 
 run() {
-  local options=(--connect "$START_TIMEOUT" --cwd "$ROOT")
+  local options=(--cwd "$ROOT")
   [ "${1:-}" != -i ] || { options+=(--input) && shift; }
   [ $# -ge 1 ] || die "node.sh run: no command given"
   [ -z "${TIMEOUT:-}" ] || options+=(--timeout "$TIMEOUT")
@@ -209,9 +210,9 @@ run() {
 
 shell() {
   if [ -t 0 ]; then
-    within run --connect "$START_TIMEOUT" --tty --input --cwd "$ROOT" -- /bin/bash -i
+    within run --tty --input --cwd "$ROOT" -- /bin/bash -i
   else
-    within run --connect "$START_TIMEOUT" --input --cwd "$ROOT" -- /bin/bash
+    within run --input --cwd "$ROOT" -- /bin/bash
   fi
 }
 

@@ -73,18 +73,27 @@ says "a node that is too slow" 125 "did not come up in 1 s" env START_TIMEOUT=1 
 says "a command that does not end" 124 "did not end in 2 s" env TIMEOUT=2 "$NODE" run 'sleep 1000'
 says "no node" 125 "no node runs" python3 "$ROOT/hack/node/run.py" "$WORK" run -- true
 
+# still_running <tenths of a second>: what runs of the node after that, if anything does.
+still_running() {
+  local left
+  for _ in $(seq "$1"); do
+    left=$(left_running)
+    [ -n "$left" ] || return 0
+    sleep 0.1
+  done
+  printf '%s' "$left"
+}
+
+left_lying() {
+  local path
+  for path in "$STATE/scratch.ext4" "$SOCKETS"; do [ ! -e "$path" ] || printf '%s ' "$path"; done
+}
+
 # gone <what is tried>: within a few seconds nothing of the node is left.
 gone() {
   local left
-  for _ in $(seq 100); do
-    left=$(left_running)
-    [ -n "$left" ] || break
-    sleep 0.1
-  done
-  for left in $left "$STATE/scratch.ext4" "$SOCKETS"; do
-    [[ $left == /* && ! -e $left ]] || { wrong "$1: left $left" && return; }
-  done
-  say "$1: nothing is left"
+  left="$(still_running 100) $(left_lying)"
+  if [ "$left" != " " ]; then wrong "$1: left $left"; else say "$1: nothing is left"; fi
 }
 
 # begun <pattern>: waits until the last one that was started beside this has said so.
@@ -142,13 +151,10 @@ if [ "$rc" -ne 125 ] || ! grep -q "has not answered for 12 s" "$WORK/said"; then
 fi
 # Everything goes with the process that keeps the node, even if that is killed.
 kill -KILL "$keeper"
-for _ in $(seq 50); do
-  left=$(left_running)
-  [ -n "$left" ] || break
-  sleep 0.1
-done
+left=$(still_running 50)
 [ -z "$left" ] || wrong "a keeper that is killed: left running: $left"
 "$NODE" stop
-for left in "$STATE/scratch.ext4" "$SOCKETS"; do [ ! -e "$left" ] || wrong "a keeper that is killed, and stop: left $left"; done
+left=$(left_lying)
+[ -z "$left" ] || wrong "a keeper that is killed, and stop: left $left"
 [ "$failed" -eq 0 ] || die "a node does not fail as it should"
 say "every bad case of a node is told, and leaves nothing"

@@ -138,9 +138,11 @@ cases=0
 kill "$keeper"
 wait "$keeper" || true
 rm -f containerd-of-*.log
-# The suite keeps its logs itself, unless it was killed.
-[ "$cases" -eq 0 ] || keep_logs
-[ "$cases" -eq 0 ] || rc=$cases
+if [ "$cases" -ne 0 ]; then
+  # The suite keeps its logs itself, unless it was killed.
+  keep_logs
+  rc=$cases
+fi
 exit "$rc"
 NODE
 chmod 755 "$OUT/test"

@@ -5,8 +5,8 @@ use std::{fmt, fs, path::PathBuf, str::FromStr};
 /// A process, told apart from a later one with its number, and written `<pid>.<clock ticks from boot to its start>`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Identity {
-    pid: u32,
-    start: u64,
+    pub pid: u32,
+    pub start: u64,
 }
 
 impl Identity {

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
-    proc::start_ticks,
+    proc::{Identity, start_ticks},
     vmm::{Accelerator, VmmKind},
 };
 
@@ -186,8 +186,8 @@ pub fn rfc3339(at: SystemTime) -> String {
 
 fn read(path: &Path) -> io::Result<Entry> {
     let Record { state, pid_start } = serde_json::from_slice::<Record<State>>(&fs::read(path)?)?;
-    let now = start_ticks(state.pid);
-    let status = if now.is_some() && now == pid_start { Status::Running } else { Status::Dead };
+    let lives = pid_start.is_some_and(|start| Identity { pid: state.pid, start }.lives());
+    let status = if lives { Status::Running } else { Status::Dead };
     Ok(Entry { state, status })
 }
 

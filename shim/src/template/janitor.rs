@@ -2,18 +2,19 @@
 //! nothing else. The shim beside whose pod it builds may have ended by then, and a builder to come may never come.
 
 use std::{
-    env,
-    ffi::OsStr,
     io::{self, BufRead, BufReader, Read, Write},
     path::{Path, PathBuf},
-    process::{Child, Command, ExitCode, Stdio},
+    process::{Child, ExitCode, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
 use serde::{Deserialize, Serialize};
 
-use super::{StandIn, clear_away};
+use super::{
+    StandIn, clear_away,
+    launch::{MAX_ORDER, own_program},
+};
 use crate::{
     config::Config,
     origin::{self, Place},
@@ -25,8 +26,6 @@ use crate::{
 pub const JANITOR: &str = "clear-template";
 /// The builder has cleared away itself.
 const DONE: &[u8] = b"done\n";
-/// What it is told is a configuration; a larger one is none.
-const MAX: u64 = 1 << 20;
 /// Between two looks at what is not there to be waited for.
 const EVERY: Duration = Duration::from_millis(20);
 
@@ -74,15 +73,6 @@ impl Janitor {
     }
 }
 
-/// The program of this process, although its file may have been replaced; called as this one was.
-pub(super) fn own_program(argument: &str) -> Command {
-    use std::os::unix::process::CommandExt;
-    let mut command = Command::new("/proc/self/exe");
-    let name = env::args_os().next();
-    command.arg0(name.as_deref().unwrap_or(OsStr::new(argument))).arg(argument).current_dir("/");
-    command
-}
-
 /// What such a process does.
 #[must_use]
 pub fn clear() -> ExitCode {
@@ -95,7 +85,7 @@ pub fn clear() -> ExitCode {
 
 /// Nothing where there is nothing to do.
 fn wait_for_end() -> io::Result<Option<Duty>> {
-    let mut input = BufReader::new(io::stdin().take(MAX));
+    let mut input = BufReader::new(io::stdin().take(MAX_ORDER));
     let mut line = String::new();
     input.read_line(&mut line)?;
     let duty = serde_json::from_str(&line)?;

@@ -2,8 +2,11 @@
 //! installed; and a process of its own, since the pod beside which it was begun may end at any time.
 
 use std::{
+    env,
+    ffi::OsStr,
     io::{self, Read, Write},
-    process::{ExitCode, Stdio},
+    os::unix::process::CommandExt,
+    process::{self, ExitCode, Stdio},
 };
 
 use nix::sched::{CloneFlags, unshare};
@@ -13,7 +16,7 @@ use tokio::{
     process::{Child, Command},
 };
 
-use super::{Built, Janitor, Order, build, janitor::own_program};
+use super::{Built, Janitor, Order, build};
 use crate::{share, sys, task::chain, told};
 
 /// The only argument of such a process.
@@ -21,7 +24,7 @@ pub const COMMAND: &str = "build-template";
 /// Begins those of its lines that are for every level of log.
 const WARNING: &str = "warning: ";
 /// An order is a configuration; a larger one is none.
-const MAX_ORDER: u64 = 1 << 20;
+pub(super) const MAX_ORDER: u64 = 1 << 20;
 
 /// The builder cannot do its work.
 #[derive(Debug, Error)]
@@ -59,6 +62,14 @@ async fn spawn(order: &Order) -> io::Result<Child> {
         stdin.write_all(&order).await?;
     }
     Ok(child)
+}
+
+/// The program of this process, although its file may have been replaced; called as this one was.
+pub(super) fn own_program(argument: &str) -> process::Command {
+    let mut command = process::Command::new("/proc/self/exe");
+    let name = env::args_os().next();
+    command.arg0(name.as_deref().unwrap_or(OsStr::new(argument))).arg(argument).current_dir("/");
+    command
 }
 
 /// Until it ends, or we do: then init inherits it.

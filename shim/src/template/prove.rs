@@ -58,10 +58,8 @@ impl Workshop<'_> {
     ) -> Result<bool, Unbuilt> {
         let there = match self.store.find(key) {
             Ok(Some(there)) => there,
-            // Somebody has removed it since it was seen.
-            Ok(None) => return Ok(false),
-            // The builder of its successor has it out of the way.
-            Err(FindError::Spoilt { .. }) => return Ok(false),
+            // Somebody has removed it since it was seen, or the builder of its successor has it out of the way.
+            Ok(None) | Err(FindError::Spoilt { .. }) => return Ok(false),
             Err(error) => return Err(TemplateError::from(error).into()),
         };
         tell(&format!("{rung}: restoring {}, which is there, by way of trial", key.short()));

@@ -21,6 +21,11 @@ pub static BOOT: LazyLock<Duration> = LazyLock::new(|| {
     Duration::from_secs(90 * times.unwrap_or(1))
 });
 
+/// Whether the host is said to have this: `CHSNAP_TEST_FEATURES` names what there is, with commas between.
+pub fn is_said_to_have(feature: &str) -> bool {
+    env::var("CHSNAP_TEST_FEATURES").is_ok_and(|all| all.split(',').any(|one| one == feature))
+}
+
 fn target() -> PathBuf {
     let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../target");
     fs::canonicalize(env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| default.into())).unwrap()

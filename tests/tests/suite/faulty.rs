@@ -50,7 +50,12 @@ pub fn release(number: u32, settings: Settings, env: &Env) -> Result<Settings> {
     Ok(settings.path("vmm", vmm_key(env), path))
 }
 
-impl Faulty<'_> {
+impl<'a> Faulty<'a> {
+    /// One that restores nothing while there is this file.
+    pub fn restores_nothing_while(broken: &'a Path) -> Self {
+        Self { at: "restore", text: NOT_RESTORED, unless: None, only: Some(broken), hangs: None }
+    }
+
     /// Settings with it as the VMM; its name has to be its own.
     pub fn set(&self, settings: Settings, env: &Env, name: &str) -> Result<Settings> {
         let key = vmm_key(env);

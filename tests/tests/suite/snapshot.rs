@@ -12,7 +12,7 @@ use chsnap_tests::{Container, Env, Run, Settings, Started, http, patience};
 use serde_json::Value;
 
 use crate::{
-    faulty::{Faulty, NOT_RESTORED},
+    faulty::Faulty,
     share::Tmpfs,
     snapshot_builder::{builder_killed, builders, built_beside, finished, no_more_than_allowed, one_at_a_time},
     snapshot_ladder::{
@@ -184,7 +184,7 @@ fn off_and_required(env: &Env) -> Result<()> {
 /// A restore that fails, or takes too long, is followed by a boot in the same request.
 fn not_restored(env: &Env) -> Result<()> {
     let (broken, slow) = (env.dir.join("broken"), env.dir.join("slow"));
-    let faulty = Faulty { at: "restore", text: NOT_RESTORED, unless: None, only: Some(&broken), hangs: Some(&slow) };
+    let faulty = Faulty { hangs: Some(&slow), ..Faulty::restores_nothing_while(&broken) };
     let seconds = 5 * patience();
     let late_after = format!("within {seconds} s");
     let settings = faulty.set(own(env), env, "faulty")?.set("deadlines", "restore", seconds.to_string());

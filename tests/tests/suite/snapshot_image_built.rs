@@ -3,14 +3,14 @@
 use std::{fs, thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use chsnap_tests::{Env, Run, Running, Started, eventually, kill, patience};
+use chsnap_tests::{Env, Run, Running, Settings, Started, eventually, kill, patience};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::{
     events,
     faulty::{Faulty, NOT_RESTORED},
-    snapshot::{build, container, list, way},
+    snapshot::{BUILD, build, container, list, way},
     snapshot_builder::{finished, janitors, kill_builder, template_runs},
     snapshot_image::{imaged, is, kinds},
 };
@@ -54,16 +54,21 @@ pub fn not_ready(env: &Env) -> Result<()> {
     pod.remove()
 }
 
+/// A build by hand of an image that this containerd has.
+fn build_of(env: &Env, settings: &Settings, image: &str) -> Result<Run> {
+    let run = env.chsnap_with(settings, ["snapshot", "build", image])?.limit(BUILD * patience());
+    Ok(run.arg("--address").arg(env.daemon.run.join("c.sock")).args(["--namespace", &env.daemon.namespace]))
+}
+
 /// Before the first pod there is what it is restored from, made of the image's name alone.
 pub fn built_ahead(env: &Env) -> Result<()> {
     let broken = env.dir.join("broken");
-    let faulty = Faulty { at: "restore", text: NOT_RESTORED, unless: None, only: Some(&broken), hangs: None };
+    let faulty = Faulty::restores_nothing_while(&broken);
     let settings = faulty.set(imaged(env).set("snapshot", "builders", "0"), env, "ahead")?;
     let script = "echo up; : > /ready; while :; do sleep 0.1; done";
     let build = |reference: &str, streams: &[&str]| -> Result<Run> {
-        let run = env.chsnap_with(&settings, ["snapshot", "build", reference, "--ready", "file:///ready"])?;
-        let run = run.arg("--address").arg(env.daemon.run.join("c.sock")).args(["--namespace", &env.daemon.namespace]);
-        Ok(run.args(streams).args(["--", "/bin/sh", "-c", script]).limit(Duration::from_secs(180) * patience()))
+        let run = build_of(env, &settings, reference)?.args(["--ready", "file:///ready"]);
+        Ok(run.args(streams).args(["--", "/bin/sh", "-c", script]))
     };
     let missing = build("localhost/no/such:1", &[])?.output()?;
     ensure!(missing.code != 0 && missing.stderr.contains("localhost/no/such:1"), "{}", missing.whole());
@@ -119,11 +124,8 @@ pub fn killed_ahead(env: &Env) -> Result<()> {
     build(env, &settings)?.text()?;
     let script = "sleep 2; : > /ready; sleep 1000";
     let begin = |snapshotter: &str| -> Result<Running> {
-        let arguments =
-            ["snapshot", "build", chsnap_tests::IMAGE, "--ready", "file:///ready", "--snapshotter", snapshotter];
-        let run = env.chsnap_with(&settings, arguments)?;
-        let run = run.arg("--address").arg(env.daemon.run.join("c.sock")).args(["--namespace", &env.daemon.namespace]);
-        run.args(["--", "/bin/sh", "-c", script]).start()
+        let run = build_of(env, &settings, chsnap_tests::IMAGE)?.args(["--snapshotter", snapshotter]);
+        run.args(["--ready", "file:///ready", "--", "/bin/sh", "-c", script]).start()
     };
     let left = || -> Result<Vec<String>> {
         let snapshots = fs::read_dir(env.dir.join("snapshots"))?.flatten().map(|entry| entry.path());
@@ -173,11 +175,8 @@ pub fn built_like(env: &Env) -> Result<()> {
             app.flags(["--cap-add", "CAP_NET_ADMIN", "--with-ns", "uts:/proc/1/ns/uts", "--memory-limit", &limit]);
         Ok((pause, app.start()?))
     };
-    let build = |arguments: &[&str]| -> Result<Run> {
-        let run = env.chsnap_with(&settings, ["snapshot", "build", chsnap_tests::IMAGE])?.args(arguments);
-        let run = run.arg("--address").arg(env.daemon.run.join("c.sock")).args(["--namespace", &env.daemon.namespace]);
-        Ok(run.limit(Duration::from_secs(180) * patience()))
-    };
+    let build =
+        |arguments: &[&str]| -> Result<Run> { Ok(build_of(env, &settings, chsnap_tests::IMAGE)?.args(arguments)) };
     let (pause, app) = pod()?;
     is(env, &pause, "direct", "builders = 0 has none built")?;
     let file = env.dir.join("spec.json");
@@ -220,7 +219,7 @@ pub fn built_like(env: &Env) -> Result<()> {
 /// From the image snapshot to the base snapshot to a boot, in the same request, with the reasons in the event.
 pub fn neither_restored(env: &Env) -> Result<()> {
     let broken = env.dir.join("broken");
-    let faulty = Faulty { at: "restore", text: NOT_RESTORED, unless: None, only: Some(&broken), hangs: None };
+    let faulty = Faulty::restores_nothing_while(&broken);
     let settings = faulty.set(imaged(env), env, "faulty")?;
     let make = || {
         let pod = container(env, &settings).sh(": > /ready; while :; do sleep 0.1; done");

@@ -42,7 +42,7 @@ pub fn ladder_save(env: &Env) -> Result<()> {
 /// What a VMM no longer restores, for a reason that no key has, is tried again where somebody asks for that, and gives way.
 pub fn ladder_spent(env: &Env) -> Result<()> {
     let broken = env.dir.join("broken");
-    let faulty = Faulty { at: "restore", text: NOT_RESTORED, unless: None, only: Some(&broken), hangs: None };
+    let faulty = Faulty::restores_nothing_while(&broken);
     let settings = faulty.set(own(env), env, "spent")?;
     let retry = || env.chsnap_with(&settings, ["doctor", "--retry"])?.output();
     build(env, &settings)?.text()?;

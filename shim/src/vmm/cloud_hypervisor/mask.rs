@@ -65,7 +65,10 @@ mod tests {
     use chsnap_test_skip::skip;
 
     use super::*;
-    use crate::{child, vmm::kvm};
+    use crate::{
+        child,
+        vmm::{kvm, testing::is_said_to_have},
+    };
 
     /// One that knows none of these requests.
     const NULL: &str = "/dev/null";
@@ -172,8 +175,7 @@ for triple in sys.argv[3:]:
         let [pmu, sve, memory, finalized] = &offered[..] else { panic!("{offered:?}") };
         assert!(memory == "1" && finalized.parse::<u32>().is_err(), "{offered:?}");
         for (name, answer) in [("pmu", pmu), ("sve", sve)] {
-            let wanted = std::env::var("CHSNAP_TEST_FEATURES").unwrap_or_default();
-            assert!(answer == "1" || !wanted.split(',').any(|word| word == name), "the host's KVM has no {name}");
+            assert!(answer == "1" || !is_said_to_have(name), "the host's KVM has no {name}");
         }
         assert_eq!(of(Rung::NoPmu).await, ["0", sve, "1", finalized]);
         assert_eq!(of(Rung::Aggressive).await, ["0", "0", "1", "0"]);
