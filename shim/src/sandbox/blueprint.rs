@@ -1,13 +1,13 @@
 //! A container as its image's process has it in common with all others of the same: what a template is made from.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use chsnap_protocol::agent::Stdio;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Plan, PlanError};
+use super::{Plan, PlanError, services::Services};
 use crate::{
     config::Ready,
     snapshot::{Process, digest_of_bytes},
@@ -61,10 +61,10 @@ struct Environment {
 impl Environment {
     fn of(spec: &Spec, names: &[String]) -> Self {
         let all = spec.process().as_ref().and_then(|process| process.env().clone()).unwrap_or_default();
-        let services = services(&all);
-        let (own, common) = all.into_iter().partition(|variable| {
+        let services = Services::of(&all);
+        let (own, common) = all.iter().cloned().partition(|variable| {
             let name = variable.split('=').next().unwrap_or_default();
-            names.iter().any(|pattern| matches(pattern, name)) || is_of_service(name, &services)
+            names.iter().any(|pattern| matches(pattern, name)) || services.tell(variable)
         });
         Self { own, common }
     }
@@ -77,23 +77,6 @@ fn matches(pattern: &str, name: &str) -> bool {
         (_, Some(beginning)) => name.starts_with(beginning),
         _ => pattern == name,
     }
-}
-
-/// The services of which Kubernetes tells every container of a namespace.
-fn services(all: &[String]) -> BTreeSet<String> {
-    let names = all.iter().filter_map(|variable| variable.split_once('=')?.0.strip_suffix("_SERVICE_HOST"));
-    names.map(str::to_owned).collect()
-}
-
-/// `<SERVICE>_SERVICE_HOST`, `_SERVICE_PORT`, `_SERVICE_PORT_<NAME>`, and Docker's `_PORT` and `_PORT_<NUMBER>_...`.
-fn is_of_service(name: &str, services: &BTreeSet<String>) -> bool {
-    services.iter().any(|service| {
-        name.strip_prefix(service.as_str()).is_some_and(|rest| {
-            matches!(rest, "_SERVICE_HOST" | "_SERVICE_PORT" | "_PORT")
-                || rest.starts_with("_SERVICE_PORT_")
-                || rest.starts_with("_PORT_")
-        })
-    })
 }
 
 /// What a restored process is told of the pod it is in.
@@ -217,7 +200,13 @@ mod tests {
             v["hostname"] = json!("web-2");
             v["annotations"] = json!({});
             v["process"]["env"][1] = json!("HOSTNAME=web-2");
-            v["process"]["env"][2] = json!("DB_SERVICE_HOST=10.0.0.9");
+            for (place, variable) in [
+                (2, "DB_SERVICE_HOST=10.0.0.9"),
+                (4, "DB_PORT=tcp://10.0.0.9:5432"),
+                (5, "DB_PORT_5432_TCP_ADDR=10.0.0.9"),
+            ] {
+                v["process"]["env"][place] = json!(variable);
+            }
             v["process"]["env"].as_array_mut().unwrap().push(json!("SESSION_ID=7"));
             v["mounts"][1]["source"] = json!("/pods/2/hosts");
             v["mounts"][2]["source"] = json!("/pods/2/shm");
@@ -227,7 +216,8 @@ mod tests {
         }));
         assert_eq!(one, other);
         type Change = fn(&mut serde_json::Value);
-        let changes: [Change; 14] = [
+        let changes: [Change; 15] = [
+            |v| v["process"]["env"][4] = json!("DB_PORT=5433"),
             |v| v["process"]["env"][6] = json!("APP_PORT=81"),
             |v| v["process"]["args"] = json!(["/bin/app", "-v"]),
             |v| v["process"]["user"]["additionalGids"] = json!([4]),

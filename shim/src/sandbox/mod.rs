@@ -19,6 +19,7 @@ mod homes;
 pub(crate) mod machine;
 mod phases;
 mod plan;
+mod services;
 mod silence;
 pub(crate) mod sources;
 mod start;
