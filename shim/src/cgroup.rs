@@ -83,9 +83,10 @@ impl Cgroup {
     /// get who want them at the same time.
     ///
     /// # Errors
-    /// Where the kernel refuses one of them.
+    /// Where the kernel refuses one of them, or has none of that kind.
     pub fn bound(&self, memory: u64, cpus: u32) -> io::Result<()> {
         const PERIOD_US: u32 = 100_000;
+        let mut missing = vec!["cpu", "memory"];
         let quota = cpus * PERIOD_US;
         for dir in &self.dirs {
             let unified = dir.join("cgroup.controllers").exists();
@@ -110,10 +111,16 @@ impl Cgroup {
                 if unified || file.exists() {
                     let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", file.display()));
                     fs::write(&file, value).map_err(named)?;
+                    // Shares alone are no bound.
+                    missing.retain(|controller| !name.starts_with(controller) || name == "cpu.shares");
                 }
             }
         }
-        Ok(())
+        // A kernel may be without one, and a host that has both versions may have it where pods are not.
+        match missing.is_empty() {
+            true => Ok(()),
+            false => Err(io::Error::other(format!("the kernel bounds no {} here", missing.join(" and no ")))),
+        }
     }
 
     /// Its directories.
@@ -269,6 +276,21 @@ mod tests {
         let hybrid = "31 23 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
                       32 23 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
         assert_eq!(hierarchies(hybrid), [Path::new("/sys/fs/cgroup/cpu")]);
+    }
+
+    /// As version 1 has it, where each hierarchy has files of its own.
+    #[test]
+    fn a_bound_that_cannot_be_set_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let cgroup = |names: &[&str]| {
+            names.iter().for_each(|name| fs::write(dir.path().join(name), "").unwrap());
+            Cgroup { dirs: vec![dir.path().into()] }
+        };
+        let said = |cgroup: Cgroup| cgroup.bound(1 << 20, 1).unwrap_err().to_string();
+        assert_eq!(said(Cgroup::default()), "the kernel bounds no cpu and no memory here");
+        assert_eq!(said(cgroup(&["memory.limit_in_bytes", "cpu.shares"])), "the kernel bounds no cpu here");
+        cgroup(&["cpu.cfs_quota_us"]).bound(1 << 20, 1).unwrap();
+        assert_eq!(fs::read_to_string(dir.path().join("memory.limit_in_bytes")).unwrap(), "1048576");
     }
 
     fn sleeper(dirs: &[PathBuf]) -> std::process::Child {
