@@ -167,6 +167,8 @@ pub fn adoption(
 ) -> Result<Plan, PlanError> {
     use std::os::fd::AsFd as _;
     let mut slots = 0;
+    let places = mounts.iter().map(|mount| cstring("mount destination", &mount.destination));
+    let untouched = places.map(|place| Ok(Op::Untouched(place?))).collect::<Result<Vec<_>, PlanError>>()?;
     let mounts = mounts::steps(mounts, linux, false, &mut slots)?;
     // Its trees are taken where the share is.
     let mut ops = mounts.outside;
@@ -175,6 +177,8 @@ pub fn adoption(
     if !domainname.is_empty() {
         ops.push(Op::DomainName(cstring("domain name", domainname)?));
     }
+    // All of them first: one may lie in another, which is the pod's own.
+    ops.extend(untouched);
     ops.extend(mounts.inside);
     Ok(Plan { ops, slots, program: None })
 }

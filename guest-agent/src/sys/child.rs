@@ -14,7 +14,7 @@ use super::{
     op::{Op, Plan, Program},
     steps::{
         AT_RECURSIVE, OPEN_TREE_CLONE, attach, drop_bounding, enter, mask, read_only, set_attributes, set_capabilities,
-        stdio, terminal, write,
+        stdio, terminal, untouched, write,
     },
 };
 
@@ -231,6 +231,7 @@ fn carry_out(op: &Op, context: &mut Context<'_>) -> Step {
                 }
                 check(libc::close(tree))?
             }
+            Op::Untouched(path) => return untouched(path),
             Op::Dir(path) => return unless(check(libc::mkdir(path.as_ptr(), 0o755)), libc::EEXIST),
             Op::File(path) => {
                 let fd = libc::open(path.as_ptr(), libc::O_CREAT | libc::O_CLOEXEC | libc::O_NONBLOCK, 0o644);

@@ -82,6 +82,8 @@ pub enum Op {
         target: CString,
         attributes: u64,
     },
+    /// Fails where a directory has something in it, or a file: what is mounted over it would hide that.
+    Untouched(CString),
     /// A directory that may exist already.
     Dir(CString),
     /// An empty file that may exist already.
@@ -157,6 +159,9 @@ impl fmt::Display for Op {
             Self::Detach(path) => write!(f, "detach {}", text(path)),
             Self::EnterRoot { .. } => write!(f, "enter the container's root"),
             Self::Attach { target, .. } => write!(f, "bind at {}", text(target)),
+            Self::Untouched(path) => {
+                write!(f, "mount over {}, to which the process has written before it was saved", text(path))
+            }
             Self::Dir(path) => write!(f, "make the directory {}", text(path)),
             Self::File(path) => write!(f, "make the file {}", text(path)),
             Self::Mount { target, kind, data, flags, .. } => {

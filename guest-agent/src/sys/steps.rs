@@ -92,6 +92,41 @@ pub(super) fn read_only(path: &CStr) -> Step {
     set_attributes(path, 0, MOUNT_ATTR_RDONLY)
 }
 
+/// As getdents64(2) writes an entry: its length, and its name.
+const ENTRY_LENGTH: usize = 16;
+const ENTRY_NAME: usize = 19;
+
+/// ENOTEMPTY for a directory with something in it, EEXIST for a file that has bytes.
+pub(super) fn untouched(path: &CStr) -> Step {
+    let mut entries = [0u8; 1024];
+    // SAFETY: the string is NUL-terminated, and all that is written to is as long as said.
+    let read = unsafe {
+        let fd = match check(libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_NONBLOCK | libc::O_CLOEXEC)) {
+            Err(libc::ENOENT) => return Ok(()),
+            fd => fd? as c_int,
+        };
+        let mut size = std::mem::zeroed::<libc::stat>();
+        let read = check(libc::fstat(fd, &raw mut size))
+            .and_then(|_| check(libc::syscall(libc::SYS_getdents64, fd, entries.as_mut_ptr(), entries.len())));
+        libc::close(fd);
+        match read {
+            Err(libc::ENOTDIR) => return if size.st_size > 0 { Err(libc::EEXIST) } else { Ok(()) },
+            read => read? as usize,
+        }
+    };
+    // Two short names are there in any case, and the first ones fit.
+    let mut rest = entries.get(..read).unwrap_or_default();
+    while let Some(&[low, high]) = rest.get(ENTRY_LENGTH..ENTRY_LENGTH + 2) {
+        let (entry, behind) = rest.split_at_checked(u16::from_ne_bytes([low, high]).into()).unwrap_or((rest, &[]));
+        let name = entry.get(ENTRY_NAME..).unwrap_or_default();
+        if !name.starts_with(b".\0") && !name.starts_with(b"..\0") {
+            return Err(libc::ENOTEMPTY);
+        }
+        rest = behind;
+    }
+    Ok(())
+}
+
 pub(super) fn write(path: &CStr, data: &[u8]) -> Step {
     // SAFETY: the string is NUL-terminated, the buffer lives through the call.
     unsafe {
@@ -196,4 +231,27 @@ pub(super) fn set_capabilities(sets: &CapabilitySets) -> Step {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{ffi::CString, fs, os::unix::ffi::OsStrExt};
+
+    use super::*;
+
+    #[test]
+    fn what_has_been_written_to_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let untouched = |name: &str| {
+            let path = CString::new(dir.path().join(name).as_os_str().as_bytes()).unwrap();
+            super::untouched(&path)
+        };
+        for name in ["empty", "full", "full/.hidden"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        fs::write(dir.path().join("file"), "").unwrap();
+        fs::write(dir.path().join("written"), "1").unwrap();
+        assert_eq!((untouched("empty"), untouched("file"), untouched("none")), (Ok(()), Ok(()), Ok(())));
+        assert_eq!((untouched("full"), untouched("written")), (Err(libc::ENOTEMPTY), Err(libc::EEXIST)));
+    }
 }

@@ -117,6 +117,12 @@ pub enum StartError {
         /// By its path in the container.
         path: PathBuf,
     },
+    /// What the process wrote would be hidden.
+    #[error("the saved process has written to {path:?}, where this container has something of its own")]
+    Hidden {
+        /// By its path in the container.
+        path: PathBuf,
+    },
     /// A restored process is still its template's.
     #[error("the restored container cannot be made this pod's")]
     Adopt(#[source] AgentError),

@@ -1,7 +1,7 @@
 //! From what a pod is made of to a guest with its first container: the ways of doing that are tried one after the
 //! other, each with a virtiofsd and a VMM of its own, of which nothing is left when it fails.
 
-use std::time::Duration;
+use std::{fs, path::Path, time::Duration};
 
 use chsnap_protocol::{
     FIRST_HOME,
@@ -22,7 +22,7 @@ use crate::{
     agent::{Agent, AgentError},
     program::{Freshness, Scout},
     share::{self, RootMount, Share, Virtiofsd, VirtiofsdProgram},
-    snapshot::{Held, Kind},
+    snapshot::{Held, Kind, ROOT},
     state::Way,
     task::chain,
     vmm::{self, BootError, Vm, VmSpec},
@@ -157,7 +157,7 @@ impl Stage<'_> {
     ) -> Result<(Box<dyn Vm>, Virtiofsd, Met), StartError> {
         let (dir, cgroups) = (self.ground.dir.path(), self.ground.cgroup.dirs());
         let config = self.request.config;
-        let network = self.request.network.map(std::path::Path::to_owned);
+        let network = self.request.network.map(Path::to_owned);
         let spec = VmSpec { network, ..machine::spec(config, self.request.shape, dir, cgroups) };
         let (cache, socket) = (caching::mode(self.request, self.first), &spec.share_socket);
         let mut virtiofsd = Virtiofsd::spawn(&self.virtiofsd, cache, share.dir(), socket, cgroups)?;
@@ -243,14 +243,28 @@ impl Stage<'_> {
     }
 }
 
-/// Refuses to restore a process that has a file open at whose place this container has another.
+/// Refuses to restore a process that has a file open, or has written one, at whose place this container has another.
 fn covered(candidate: &Candidate, division: &Division) -> Result<(), StartError> {
     let Candidate::Restore(Kind::Image, restore) = candidate else { return Ok(()) };
     let dir = restore.snapshot.dir();
     let held = Held::read(dir).map_err(|source| StartError::Held { path: dir.into(), source })?;
-    match held.at(division.bound()) {
-        Some(path) => Err(StartError::Covered { path: path.into() }),
+    if let Some(path) = held.at(division.bound()) {
+        return Err(StartError::Covered { path: path.into() });
+    }
+    let difference = dir.join(ROOT);
+    match division.bound().find(|place| is_written(&difference, place)) {
+        Some(path) => Err(StartError::Hidden { path: path.into() }),
         None => Ok(()),
+    }
+}
+
+/// Whether there is more in the difference than an empty directory or file, which a mount needs to be there.
+fn is_written(difference: &Path, place: &Path) -> bool {
+    let path = difference.join(place.strip_prefix("/").unwrap_or(place));
+    let Ok(meta) = fs::symlink_metadata(&path) else { return false };
+    match meta.is_dir() {
+        true => fs::read_dir(&path).is_ok_and(|mut entries| entries.next().is_some()),
+        false => !meta.is_file() || meta.len() > 0,
     }
 }
 
@@ -269,5 +283,19 @@ mod tests {
         assert!(may_be_the_snapshots(&refused(Code::INTERNAL)), "an I/O error on the restored share");
         let lost = AgentError::Lost { call: "CreateContainer", reason: String::new() };
         assert!(may_be_the_snapshots(&StartError::Container(lost)));
+    }
+
+    #[test]
+    fn what_a_mount_would_hide_is_found_in_the_difference() {
+        let difference = tempfile::tempdir().unwrap();
+        let at = |path: &str| difference.path().join(path);
+        fs::create_dir_all(at("cache/empty")).unwrap();
+        fs::create_dir(at("data")).unwrap();
+        fs::write(at("hosts"), "").unwrap();
+        fs::write(at("words"), "1").unwrap();
+        std::os::unix::fs::symlink("data", at("link")).unwrap();
+        let written = |place: &str| is_written(difference.path(), Path::new(place));
+        assert!(["/cache", "/words", "/link"].into_iter().all(written));
+        assert!(!["/data", "/cache/empty", "/hosts", "/none"].into_iter().any(written));
     }
 }

@@ -266,9 +266,13 @@ pub fn builder_killed(env: &Env) -> Result<()> {
 
 /// What a process has open it would have at the same place after a restore, where a pod may have a file of its own.
 pub fn held_open(env: &Env) -> Result<()> {
-    const HOLDS: &str = "import mmap, time
+    const HOLDS: &str = "import mmap, os, time
 with open('/etc/hosts') as file:
     mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+for place in '/srv/cache', '/run/kept':
+    os.makedirs(place, exist_ok=True)
+    with open(place + '/model', 'w') as file:
+        file.write('warm')
 open('/ready', 'w').close()
 time.sleep(1000)";
     let settings = imaged(env);
@@ -283,6 +287,25 @@ time.sleep(1000)";
     is(env, &own, "base", "the saved process has \"/etc/hosts\" open, and this container has files of its own there")?;
     ensure!(own.sh("cat /etc/hosts")? == "127.0.0.1 of-the-pod");
     own.remove()?;
+    // Nor over what it has written: in the root, where the host sees it, and in a file system of the guest's.
+    let volume = env.dir.join("volume");
+    fs::create_dir_all(&volume)?;
+    for (place, why) in [
+        (
+            "/srv/cache",
+            "the saved process has written to \"/srv/cache\", where this container has something of its own",
+        ),
+        ("/run/kept", "mount over \"/run/kept\", to which the process has written before it was saved"),
+    ] {
+        let mount = format!("type=bind,src={},dst={place},options=rbind:rw", volume.display());
+        let own = make().flags(["--mount", &mount]).start()?;
+        is(env, &own, "base", why)?;
+        // As in one that was never saved.
+        let written = eventually(Duration::from_secs(30 * patience()), || volume.join("model").exists().then_some(()));
+        written.context("the process has not written into the volume")?;
+        own.remove()?;
+        fs::remove_file(volume.join("model"))?;
+    }
     let same = make().start()?;
     is(env, &same, "image", "")?;
     same.remove()
