@@ -9,7 +9,7 @@ use std::{env, error::Error, path::PathBuf, time::Instant};
 
 use chsnap::{
     agent::{Agent, Fresh},
-    config::{Config, Expose},
+    config::{CacheMode, Config, Expose},
     program::{Freshness, Scout},
     sandbox::{Division, Exposed, Plan},
     share::{self, Content, Overlay, RootMount, Share, Virtiofsd},
@@ -61,7 +61,9 @@ async fn run(began: Instant) -> Result<(), Box<dyn Error>> {
     let driver = vmm::select(&config.vmm, &mut scout).await?;
     let virtiofsd = share::find_virtiofsd(&config.share, &mut scout).await?;
     let share_socket = dir.join("fs.sock");
-    let mut virtiofsd = Virtiofsd::spawn(&virtiofsd, config.share.cache, share.dir(), &share_socket, &[])?;
+    // As the shim has it for a container that is alone with its root.
+    let cache = if config.share.cache == CacheMode::Auto { CacheMode::Always } else { config.share.cache };
+    let mut virtiofsd = Virtiofsd::spawn(&virtiofsd, cache, share.dir(), &share_socket, &[])?;
     let spec = VmSpec {
         cpus: config.guest.default_vcpus,
         memory_mib: config.guest.default_memory.as_mib(),
