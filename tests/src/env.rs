@@ -95,7 +95,7 @@ impl Env {
             // Whoever wants templates built beside its pods says so; the others are not to wait for the CPU.
             .set("snapshot", "mode", if self.way == Way::Direct { "\"off\"" } else { "\"auto\"" })
             .set("snapshot", "builders", "0")
-            .set("snapshot", "pod_env", format!("[\"{}\"]", ways::COMMAND))
+            .set("snapshot", "pod_env", ways::POD_ENV)
             .path("snapshot", "ctr", self.ctr().program())
             .path("snapshot", "dir", snapshots())
             .path("vmm", "qemu", &tools.qemu)

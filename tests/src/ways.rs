@@ -30,6 +30,10 @@ static BUILT: Mutex<BTreeSet<(PathBuf, String)>> = Mutex::new(BTreeSet::new());
 
 /// What the launcher is to execute, as JSON.
 pub const COMMAND: &str = "CASE_COMMAND";
+/// How the variable of a case begins that is its pod's alone.
+const OWN_WORD: &str = "OWN_WORD=";
+/// The variables that no snapshot decides on.
+pub(crate) const POD_ENV: &str = r#"["CASE_COMMAND", "OWN_WORD"]"#;
 const READY: &str = "notify";
 /// As a process that knows of no module would do it, in any language. A program has to find SIGPIPE as it is by default.
 const LAUNCHER: &str = r#"
@@ -107,8 +111,15 @@ pub fn expect(env: &Env, id: &str, way: Way) {
 
 /// Flags and command of the launcher instead of these; none where the pod has to be started without it.
 pub(crate) fn launched(flags: &[OsString], command: &[OsString]) -> Option<(Vec<OsString>, Vec<OsString>)> {
-    // What a snapshot does not know of: ports, and what of the host is bound into the root.
-    const ALIKE: [(&str, &str); 2] = [("--annotation", "io.chsnap.expose="), ("--mount", "type=bind,")];
+    // What a snapshot does not know of: ports, what of the host is bound into the root, the pod's own variables, what is
+    // written down of it, and where its limits are.
+    const ALIKE: [(&str, &str); 5] = [
+        ("--annotation", "io.chsnap.expose="),
+        ("--mount", "type=bind,"),
+        ("--env", OWN_WORD),
+        ("--pid-file", ""),
+        ("--cgroup", ""),
+    ];
     let is_alike = |pair: &[OsString]| match pair {
         [flag, value] => ALIKE.iter().any(|(name, word)| flag == name && value.to_string_lossy().starts_with(word)),
         _ => false,

@@ -88,28 +88,39 @@ pub fn ways(case: &Case) -> impl Iterator<Item = Way> {
     })
 }
 
+/// Topics about what a container does.
+const CONTAINERS: [&str; 10] =
+    ["lifecycle", "stdio", "exec", "signals", "events", "metrics", "restart", "pod", "share", "expose"];
 /// Their guests are of a size of their own, of which no snapshot is built, or settings have them booted, or there is none.
-const BOOTED: [&str; 7] = [
+const BOOTED: [&str; 6] = [
     "missing_program",
     "shape",
     "out_of_memory",
     "child_out_of_memory",
     "containerd_ends_in_boot",
     "sandbox_without_vm",
-    "second_too_late",
 ];
 /// Their containers are not what the launcher's snapshot is of: another directory, root, program or pod. `as_asked` and
 /// `built_like` have such ones with snapshots of their own.
-const UNSAVED: [&str; 8] = [
-    "foreground",
-    "detached",
-    "results",
-    "native_snapshotter",
-    "read_only_root",
-    "two_containers",
-    "shared_cgroup",
-    "longest_id",
+const UNSAVED: [&str; 6] =
+    ["foreground", "native_snapshotter", "read_only_root", "two_containers", "longest_id", "guest_crashes"];
+/// Of the errors, those of a container that runs: they are the same however it was started.
+const RUNNING: [&str; 9] = [
+    "vmm_killed",
+    "virtiofsd_killed",
+    "shim_killed",
+    "guest_crashes",
+    "agent_silent",
+    "exec_missing",
+    "exec_stopped",
+    "exec_twice",
+    "kill_finished",
 ];
+
+/// Whether it is about what a container does, in whatever way that was started.
+pub fn is_of_containers(topic: &str, case: &Case) -> bool {
+    CONTAINERS.contains(&topic) || (topic == "errors" && RUNNING.contains(&case.name))
+}
 
 /// Why one case cannot be provoked here.
 pub fn unprovokable(name: &str, vmm: Vmm) -> Option<&'static str> {

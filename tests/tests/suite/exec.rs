@@ -10,13 +10,13 @@ crate::cases! {
 }
 
 fn results(env: &Env) -> Result<()> {
-    let started = env.container().flags(["--env", "WORD=from the container"]).sh("sleep 1000").start()?;
+    let started = env.container().flags(["--env", "OWN_WORD=from the container"]).sh("sleep 1000").start()?;
     for code in [0, 1, 42, 255] {
         started.exec(["sh", "-c", &format!("exit {code}")]).output()?.code(code)?;
     }
     let both = started.exec(["sh", "-c", "echo out; echo err >&2"]).output()?.success()?;
     ensure!(both.text() == "out\n" && both.stderr.contains("err") && !both.stderr.contains("out"), "{}", both.whole());
-    ensure!(started.sh("echo $WORD")? == "from the container");
+    ensure!(started.sh("echo $OWN_WORD")? == "from the container");
     ensure!(started.sh("uname -n")? == started.sh("cat /proc/sys/kernel/hostname")?);
     // It is in the container's PID namespace, beside the container's own process.
     ensure!(started.sh("tr '\\0' ' ' < /proc/1/cmdline")?.contains("sleep 1000"));

@@ -53,10 +53,6 @@ mod watch;
 
 use cases::{Case, Scope};
 
-/// Topics about what a container does, in whatever way it was started.
-const CONTAINERS: [&str; 10] =
-    ["lifecycle", "stdio", "exec", "signals", "events", "metrics", "restart", "pod", "share", "expose"];
-
 /// More would only wait for each other's image imports and guests.
 const MAX_LANES: usize = 4;
 
@@ -160,8 +156,10 @@ fn trials() -> Vec<Trial> {
                 if let (Some(why), None) = (unprovokable, &why_not) {
                     println!("{vmm}: {topic}::{} is ignored: {why}", case.name);
                 }
-                let in_all =
-                    vmm != Vmm::Runc && version == Version::V2_1 && CONTAINERS.contains(&topic) && ways::all_wanted();
+                let in_all = vmm != Vmm::Runc
+                    && version == Version::V2_1
+                    && cases::is_of_containers(topic, &case)
+                    && ways::all_wanted();
                 let named: Vec<_> = match in_all {
                     true => cases::ways(&case).map(|way| (way, format!("{name}__{way}"))).collect(),
                     false => vec![(way, name)],

@@ -301,7 +301,7 @@ time.sleep(1000)";
         let own = make().flags(["--mount", &mount]).start()?;
         is(env, &own, "base", why)?;
         // As in one that was never saved.
-        let written = eventually(Duration::from_secs(30 * patience()), || volume.join("model").exists().then_some(()));
+        let written = eventually(Duration::from_secs(30) * patience(), || volume.join("model").exists().then_some(()));
         written.context("the process has not written into the volume")?;
         own.remove()?;
         fs::remove_file(volume.join("model"))?;
