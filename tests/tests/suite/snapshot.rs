@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use chsnap_tests::{Container, Env, Run, Settings, Started, http, patience};
+use chsnap_tests::{Container, Env, Run, Settings, Started, eventually, http, patience};
 use serde_json::Value;
 
 use crate::{
@@ -167,6 +167,16 @@ fn off_and_required(env: &Env) -> Result<()> {
     let refused = require(&settings).command(["true"]).output()?;
     let text = "io.chsnap.snapshot = \"require\", but no snapshot could be used: there is no base snapshot";
     ensure!(refused.code != 0 && refused.stderr.contains(text), "{}", refused.whole());
+    // Nor is one built beside a pod that wants none.
+    let would = settings.clone().set("snapshot", "builders", "1");
+    for (settings, mode) in [(would.clone().set("snapshot", "mode", "\"off\""), "auto"), (would, "off")] {
+        let pod = container(env, &settings);
+        let pod = if mode == "off" { pod.annotation("io.chsnap.snapshot", mode) } else { pod };
+        let pod = pod.sh("sleep 1000").start()?;
+        let built = eventually(Duration::from_secs(2), || (!builders(env).is_empty()).then_some(()));
+        ensure!(built.is_none() && list(env, &settings)?.is_empty(), "one is built: {:?}", list(env, &settings)?);
+        pod.remove()?;
+    }
     build(env, &settings)?.text()?;
     // Although the configuration has them off.
     let off = settings.clone().set("snapshot", "mode", "\"off\"");

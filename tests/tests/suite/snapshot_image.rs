@@ -1,6 +1,7 @@
 //! Pods that are restored with their image's process initialised.
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::Path,
     thread,
@@ -8,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use chsnap_tests::{Container, Env, Run, Settings, Started, http, patience};
+use chsnap_tests::{Container, Env, Run, Settings, Started, eventually, http, patience};
 use serde_json::Value;
 
 use crate::{
@@ -23,13 +24,13 @@ use crate::{
 
 crate::cases! {
     Vms: initialised;
-    Once: ready_signs, not_ready, hooks_fail, another_image, written_before, copied_root, built_ahead, built_like,
+    Once: first_lines, ready_signs, not_ready, hooks_fail, another_image, written_before, copied_root, built_ahead, built_like,
           builder_killed, killed_ahead, neither_restored, as_asked, held_open;
 }
 
 /// Answers what it is, and says when it is ready. Before that it has read what pods have files of their own for, and has drawn from every source of random numbers there is.
 const APP: &str = r#"
-import http.server, json, os, random, socket, ssl, time, uuid
+import http.server, json, os, random, socket, ssl, sys, time, uuid
 from snapshot_restore_py import register_before_snapshot, register_after_restore
 
 def kernel(): return open("/proc/sys/kernel/random/uuid").read().strip()
@@ -40,6 +41,11 @@ def secret(): return open("/run/secrets/word").read() if os.path.exists("/run/se
 events, hook = [], {}
 log = open("/warm.log", "a", buffering=1)
 log.write("warm\n")
+# An application brings no bytecode with it.
+os.mkdir("/warm")
+with open("/warm/warmed.py", "w") as file: file.write("value = 1")
+sys.path.insert(0, "/warm")
+import warmed
 template = {"hosts": hosts(), "hostname": socket.gethostname(), "epoch": epoch()}
 random.seed(7)
 ssl.RAND_bytes(8), os.urandom(8), kernel(), uuid.uuid4()
@@ -189,6 +195,8 @@ fn initialised(env: &Env) -> Result<()> {
         // What the process said before it was saved is the beginning of what each says.
         pod.wait_log("up")?;
         ensure!(pod.sh("cat /warm.log")? == "warm\nrestored\nserved", "{}", pod.sh("cat /warm.log")?);
+        let bytecode = pod.sh("cd /warm/__pycache__ && ls")?;
+        ensure!(bytecode.starts_with("warmed.") && bytecode.ends_with(".pyc"), "{bytecode}");
         ensure!(pod.sh("cat /proc/sys/kernel/hostname")? == pod.id);
         ensure!(pod.exec(["sh", "-c", "exit 7"]).output()?.code == 7);
         ensure!(env.ctr().text(["task", "ps", &pod.id])?.lines().count() == 2);
@@ -224,6 +232,48 @@ pub fn digest<'a>(dirs: impl Iterator<Item = &'a str>) -> Result<String> {
     let tar = "tar --create --sort=name --xattrs --pax-option=delete=atime,delete=ctime --numeric-owner --file=-";
     let script = format!(r#"set -o pipefail; {tar} "$@" | sha256sum"#);
     Run::new("bash").args(["-c", &script, "digest"]).args(dirs).limit(Duration::from_secs(120)).text()
+}
+
+/// A process that knows of no hooks finds the pod's own names and files in the first lines that it runs again, also in a guest
+/// that believes what it has read once.
+fn first_lines(env: &Env) -> Result<()> {
+    const LINES: &str = "while :; do
+        echo epoch $(cat /dev/chsnap/epoch); echo name $(cat /proc/sys/kernel/hostname)
+        echo hosts $(cat /etc/hosts); echo round; : > /ready
+    done >> /lines";
+    let settings = imaged(env).set("share", "cache", "\"always\"");
+    let make = || container(env, &settings).sh(LINES).annotation("io.chsnap.ready", "file:///ready");
+    let first = make().start()?;
+    finished(env)?;
+    // By size and time the guest cannot tell them apart.
+    let (hosts, time) = (env.dir.join("hosts"), first.sh("stat -c %.9Y /etc/hosts")?);
+    first.remove()?;
+    fs::write(&hosts, IN_IMAGE.replace("image", "other"))?;
+    Run::new("touch").args(["-d", &format!("@{time}")]).arg(&hosts).text()?;
+    let mount = format!("type=bind,src={},dst=/etc/hosts,options=rbind:ro", hosts.display());
+    let saved = list(env, &settings)?.into_iter().find(|one| one["manifest"]["inputs"]["kind"] == "image");
+    let key = saved.context("there is no image snapshot")?["key"].as_str().unwrap_or_default().to_owned();
+    let templates = fs::read_to_string(env.dir.join("snapshots").join(key).join("root/lines"))?;
+    let pod = make().flags(["--mount", &mount]).start()?;
+    is(env, &pod, "image", "")?;
+    let again = format!("tail -n +{} /lines", templates.lines().count() + 1);
+    let lines = eventually(Duration::from_secs(30) * patience(), || {
+        pod.sh(&again).ok().filter(|lines| lines.matches("round").count() > 2)
+    });
+    let lines = lines.context("the process does not go on")?;
+    // The line under way may have been read before.
+    let later: Vec<_> = lines.lines().skip(1).collect();
+    let own = [format!("name {}", pod.id), "hosts 127.0.0.1 localhost of-the-other".into()];
+    for (what, own) in [("name ", &own[0]), ("hosts ", &own[1])] {
+        ensure!(later.iter().filter(|line| line.starts_with(what)).all(|line| line == own), "{lines}");
+    }
+    let epochs = |text: &[&str]| -> BTreeSet<String> {
+        text.iter().filter(|line| line.starts_with("epoch ")).map(|line| (*line).to_owned()).collect()
+    };
+    let (before, after) = (epochs(&templates.lines().collect::<Vec<_>>()), epochs(&later));
+    ensure!(after.len() == 1 && before.is_disjoint(&after), "{before:?}, {lines}");
+    ensure!(templates.contains("hosts 127.0.0.1 localhost of-the-image"), "{templates}");
+    pod.remove()
 }
 
 /// Every sign of readiness is understood, by processes that know nothing of hooks.
