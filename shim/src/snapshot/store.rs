@@ -25,7 +25,10 @@ use nix::{
     sys::{stat::futimens, time::TimeSpec},
 };
 
-use super::{BuildError, FindError, Inputs, Key, ListError, Manifest, OpenError, Refusal, manifest::take_stock};
+use super::{
+    BuildError, FindError, Inputs, Key, ListError, Manifest, OpenError, Refusal,
+    manifest::{Stock, take_stock},
+};
 use crate::{files, state::timestamp};
 
 pub(super) const NEW: &str = ".new-";
@@ -257,7 +260,7 @@ impl Building {
     /// Then nothing of it is left.
     pub fn publish(mut self, refusals: Vec<Refusal>, root_limit: u64) -> Result<Key, BuildError> {
         let key = self.inputs.key();
-        let (files, root) = take_stock(&self.dir)?;
+        let Stock { files, root, verified } = take_stock(&self.dir)?;
         if let Some(root) = root.as_ref().filter(|root| root.bytes > root_limit) {
             return Err(BuildError::RootTooLarge { bytes: root.bytes, limit: root_limit });
         }
@@ -265,7 +268,7 @@ impl Building {
         let build_ms = now.duration_since(self.began).unwrap_or_default().as_millis().try_into().unwrap_or(u64::MAX);
         let inputs = self.inputs.clone();
         let manifest = Manifest { key: key.clone(), inputs, created_at: timestamp(), build_ms, refusals, files, root };
-        manifest.write(&self.dir)?;
+        manifest.write(&self.dir, &verified)?;
         let bytes = manifest.bytes(&self.dir);
         if bytes > self.budget {
             return Err(BuildError::TooLarge { bytes, budget: self.budget });
