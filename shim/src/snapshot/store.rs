@@ -258,7 +258,16 @@ impl Building {
     ///
     /// # Errors
     /// Then nothing of it is left.
-    pub fn publish(mut self, refusals: Vec<Refusal>, root_limit: u64) -> Result<Key, BuildError> {
+    pub fn publish(self, refusals: Vec<Refusal>, root_limit: u64) -> Result<Key, BuildError> {
+        self.publish_with(refusals, root_limit, &sync)
+    }
+
+    pub(super) fn publish_with(
+        mut self,
+        refusals: Vec<Refusal>,
+        root_limit: u64,
+        sync: &dyn Fn(&Path) -> io::Result<()>,
+    ) -> Result<Key, BuildError> {
         let key = self.inputs.key();
         let Stock { files, root, verified } = take_stock(&self.dir)?;
         if let Some(root) = root.as_ref().filter(|root| root.bytes > root_limit) {
@@ -281,7 +290,14 @@ impl Building {
         sync(&self.dir).map_err(|error| failed(&self.dir, error))?;
         fs::rename(&self.dir, &to).map_err(|error| failed(&to, error))?;
         self.lock = None;
-        sync(&self.root).map_err(|error| failed(&self.root, error))?;
+        // It is there for everybody now.
+        if let Err(error) = sync(&self.root) {
+            log::warn!(
+                "the snapshot {} may not outlive a power cut: cannot write {:?}: {error}",
+                key.short(),
+                self.root
+            );
+        }
         Ok(key)
     }
 

@@ -246,6 +246,19 @@ fn the_newest_does_not_go_again_at_once() {
 }
 
 #[test]
+fn one_that_is_there_is_published_although_the_store_cannot_be_written_to_the_disk() {
+    let (_dir, store) = store(PLENTY);
+    let no_disk = |path: &Path| if path == store.root { Err(std::io::ErrorKind::Other.into()) } else { Ok(()) };
+    let key = filled(&store, of(1)).publish_with(vec![], u64::MAX, &no_disk).unwrap();
+    assert!(store.find(&key).unwrap().is_some());
+    // Before it is there, there is nothing to be told of.
+    let nothing = |_: &Path| Err(std::io::ErrorKind::Other.into());
+    let error = filled(&store, of(2)).publish_with(vec![], u64::MAX, &nothing).unwrap_err();
+    assert!(matches!(error, BuildError::Io { .. }), "{error}");
+    assert_eq!(names(&store), BTreeSet::from([key.to_string()]));
+}
+
+#[test]
 fn a_root_difference_is_kept_whole() {
     let (_dir, store) = store(PLENTY);
     let building = filled(&store, inputs());
