@@ -113,7 +113,7 @@ impl Store {
     pub fn prune(&self, budget: u64) -> Result<Pruned, ListError> {
         let mut pruned = Pruned { stayed: self.sweep()?, ..Pruned::default() };
         let mut entries = self.list()?;
-        let mut total: u64 = entries.iter().map(|entry| entry.bytes).sum();
+        let mut total = entries.iter().map(|entry| entry.bytes).sum::<u64>() + self.displaced()?;
         while total > budget
             && let Some(entry) = entries.pop()
         {
@@ -129,6 +129,25 @@ impl Store {
             }
         }
         Ok(pruned)
+    }
+
+    /// Bytes of those that were displaced while somebody used them, and still does: they are on the disk, too.
+    pub(super) fn displaced(&self) -> Result<u64, ListError> {
+        let failed = |source| ListError { path: self.root.clone(), source };
+        let mut bytes = 0;
+        for entry in fs::read_dir(&self.root).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let path = entry.path();
+            let has = |how| matches!(lock(&path, how), Ok(Some(_)));
+            // What another removes at this moment is his alone, and as good as gone.
+            if entry.file_name().to_string_lossy().starts_with(OLD)
+                && !has(FlockArg::LockExclusiveNonblock)
+                && has(FlockArg::LockSharedNonblock)
+            {
+                bytes += files::disk_usage(&path);
+            }
+        }
+        Ok(bytes)
     }
 
     /// Keeps the budget.

@@ -311,9 +311,10 @@ impl Building {
         };
         // Nothing is let go of in vain.
         let in_use = store.list().map_err(failed)?.into_iter().filter(|entry| store.is_in_use(&entry.key));
-        room(in_use.map(|entry| entry.bytes).sum())?;
+        let displaced = || store.displaced().map_err(failed);
+        room(in_use.map(|entry| entry.bytes).sum::<u64>() + displaced()?)?;
         store.prune(self.budget.saturating_sub(bytes)).map_err(failed)?.log();
-        room(store.list().map_err(failed)?.iter().map(|entry| entry.bytes).sum())
+        room(store.list().map_err(failed)?.iter().map(|entry| entry.bytes).sum::<u64>() + displaced()?)
     }
 }
 
