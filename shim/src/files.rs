@@ -125,7 +125,12 @@ pub(crate) fn remove_tree(dir: &Path) -> io::Result<()> {
 /// Removes everything in a directory, and follows no link. However deep its directories are: a guest's may be deeper than
 /// there are descriptors, or bytes in a path. What is in one of them is moved up beside it before it is removed.
 pub(crate) fn empty(dir: &Path) -> io::Result<()> {
-    let (_open, top) = opened(dir)?;
+    empty_open(&opened(dir)?.0)
+}
+
+/// The same of a directory that is open, whatever has its name by now.
+pub(crate) fn empty_open(dir: &File) -> io::Result<()> {
+    let top = path_of(dir);
     let mut moved = 0_u64;
     loop {
         let mut found = false;
@@ -172,8 +177,12 @@ fn move_up(dir: &Path, top: &Path, moved: &mut u64) -> io::Result<()> {
 fn opened(dir: &Path) -> io::Result<(File, PathBuf)> {
     let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
     let open = fs::OpenOptions::new().read(true).custom_flags(flags.bits()).open(dir)?;
-    let path = format!("/proc/self/fd/{}", open.as_raw_fd()).into();
+    let path = path_of(&open);
     Ok((open, path))
+}
+
+fn path_of(open: &File) -> PathBuf {
+    format!("/proc/self/fd/{}", open.as_raw_fd()).into()
 }
 
 #[cfg(test)]

@@ -200,9 +200,33 @@ impl Store {
 }
 
 /// Once it is empty, the next of its key may take its place on the way out: then it is gone, and the rest is that one's remover's.
+/// So what is emptied is what was locked, whatever has its name by now.
 fn remove_locked(dir: &Path, locked: &File) -> io::Result<()> {
-    match files::remove_tree(dir) {
+    match files::empty_open(locked).and_then(|()| fs::remove_dir(dir)) {
         Err(_) if !is_still(dir, locked) => Ok(()),
         outcome => outcome,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_remover_empties_what_it_has_locked_and_not_what_has_its_name_by_now() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, next) = (dir.path().join(".old-k-0"), dir.path().join("k"));
+        fs::create_dir(&old).unwrap();
+        let locked = lock(&old, FlockArg::LockExclusiveNonblock).unwrap().unwrap();
+        // Another has emptied it, and set the next one aside, which is in use.
+        fs::create_dir(&next).unwrap();
+        fs::write(next.join("memory"), "in use").unwrap();
+        fs::rename(&next, &old).unwrap();
+        remove_locked(&old, &locked).unwrap();
+        assert!(old.join("memory").exists());
+        // Its own goes.
+        let locked = lock(&old, FlockArg::LockExclusiveNonblock).unwrap().unwrap();
+        remove_locked(&old, &locked).unwrap();
+        assert!(!old.exists());
     }
 }
