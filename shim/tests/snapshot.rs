@@ -179,6 +179,8 @@ fn what_a_killed_build_has_left_is_pruned() {
     let stat = fs::read_to_string("/proc/self/stat").unwrap();
     let start = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(19).unwrap();
     let (alive, dead) = (format!("{}.{start}", std::process::id()), "4194999.1");
+    let unfinished = |of: &str| ["snapshots", "state"].map(|dir| at(dir).join(format!(".tmp-{of}-ab")));
+    [unfinished(&alive), unfinished(dead)].as_flattened().iter().for_each(|path| fs::write(path, "").unwrap());
     let list = format!("echo web; echo chsnap-build-{alive}; echo chsnap-build-{dead}");
     let views = format!("echo KEY PARENT KIND; echo chsnap-view-{alive}-ab; echo chsnap-view-{dead}-ab");
     let script = format!(
@@ -191,6 +193,8 @@ fn what_a_killed_build_has_left_is_pruned() {
     host.says(&["prune", "--namespace", "n", "--address", at("sock").to_str().unwrap()]);
     assert!(!half.exists() && !at("state/.builders").exists());
     assert!(!old.exists() && young.exists(), "somebody may be about to put it in its place");
+    assert!(unfinished(&alive).iter().all(|path| path.exists()));
+    assert!(!unfinished(dead).iter().any(|path| path.exists()), "nobody is left to do that");
     let said = fs::read_to_string(at("log")).unwrap();
     assert_eq!(said.matches("native rm").count(), 1, "{said}");
     assert!(said.contains(&format!("snapshots --snapshotter native rm chsnap-view-{dead}-ab")), "{said}");

@@ -4,7 +4,6 @@ use std::{
     fs::{self, File},
     io,
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use nix::fcntl::FlockArg;
@@ -15,8 +14,6 @@ use super::{
 };
 use crate::{files, task::chain};
 
-/// A file that nobody has finished by then is of a process that was killed.
-const UNFINISHED_FOR: Duration = Duration::from_secs(600);
 /// Of one key, snapshots on their way out at once.
 const MOST: u32 = 16;
 
@@ -171,8 +168,8 @@ impl Store {
             let name = name.to_string_lossy();
             let swept = if [NEW, OLD].iter().any(|prefix| name.starts_with(prefix)) {
                 self.sweep_one(&path)
-            } else if name.starts_with(files::UNFINISHED) {
-                files::remove_if_old(&path, UNFINISHED_FOR)
+            } else if files::is_unfinished(&name) {
+                files::remove_if_left(&path)
             } else {
                 Ok(())
             };
