@@ -84,6 +84,12 @@ impl Footing {
 }
 
 impl Outcome {
+    /// Whether it is still believed.
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        self.until.is_none_or(|until| seconds() < until)
+    }
+
     /// Why no snapshot works at all; `None` where one does.
     #[must_use]
     pub fn hopeless(&self) -> Option<String> {
@@ -109,11 +115,16 @@ impl Ladder {
         &self.findings.outcomes
     }
 
-    /// What was found out on that footing.
+    /// What was found out on that footing, and holds.
     #[must_use]
     pub fn outcome(&self, on: &Footing) -> Option<&Outcome> {
-        let holds = |outcome: &&Outcome| outcome.until.is_none_or(|until| seconds() < until);
-        self.findings.outcomes.iter().find(|outcome| outcome.on == *on).filter(holds)
+        self.found(on).filter(|outcome| outcome.holds())
+    }
+
+    /// What was found out on that footing, be it believed no more.
+    #[must_use]
+    pub fn found(&self, on: &Footing) -> Option<&Outcome> {
+        self.findings.outcomes.iter().find(|outcome| outcome.on == *on)
     }
 
     /// Why a template was not built, if that is too short ago to try it again.
