@@ -124,6 +124,17 @@ fn what_there_is_is_listed_and_shown() {
         assert!(shown.contains(word), "{word}: {shown}");
     }
     assert_eq!(host.json(&["inspect", key.as_str()])["manifest"]["refusals"][0]["rung"], "standard");
+    assert!(!shown.contains("root difference"), "{shown}");
+    let building = host.store.build(inputs(3)).unwrap();
+    fs::create_dir_all(building.dir().join("root/etc")).unwrap();
+    fs::write(building.dir().join("root/etc/conf"), "three").unwrap();
+    let key = building.publish(vec![], u64::MAX).unwrap();
+    let (shown, root) =
+        (host.says(&["inspect", key.short()]), &host.json(&["inspect", key.short()])["manifest"]["root"]);
+    for word in ["root difference", &format!("{} bytes in 2 entries", root["bytes"]), root["digest"].as_str().unwrap()]
+    {
+        assert!(shown.contains(word), "{word}: {shown}");
+    }
 }
 
 #[test]
