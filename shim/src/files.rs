@@ -19,6 +19,8 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::proc;
+
 /// What changes when a file is replaced or written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Identity {
@@ -53,14 +55,24 @@ impl From<&fs::Metadata> for Identity {
     }
 }
 
-/// What the names of files that are not yet in place begin with.
-pub(crate) const UNFINISHED: &str = ".tmp-";
+/// What the names of files that are not yet in place begin with. Their maker comes next, and a hyphen.
+const UNFINISHED: &str = ".tmp-";
+/// One that does not tell its maker is of a process that was killed, if nobody has finished it by then.
+const UNFINISHED_FOR: Duration = Duration::from_secs(600);
 
-/// Removes a file that nobody has written to for so long.
-pub(crate) fn remove_if_old(path: &Path, age: Duration) -> io::Result<()> {
+/// Whether a file of that name is yet to be put in its place.
+pub(crate) fn is_unfinished(name: &str) -> bool {
+    name.starts_with(UNFINISHED)
+}
+
+/// Removes a file that is not in its place, and that nobody is left to put there.
+pub(crate) fn remove_if_left(path: &Path) -> io::Result<()> {
     let removed = fs::symlink_metadata(path).and_then(|meta| {
-        let is_old = meta.modified()?.elapsed().is_ok_and(|since| since >= age);
-        if is_old && meta.is_file() { fs::remove_file(path) } else { Ok(()) }
+        let is_left = match maker(path) {
+            Some(maker) => !maker.lives(),
+            None => meta.modified()?.elapsed().is_ok_and(|since| since >= UNFINISHED_FOR),
+        };
+        if is_left && meta.is_file() { fs::remove_file(path) } else { Ok(()) }
     });
     match removed {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -68,13 +80,39 @@ pub(crate) fn remove_if_old(path: &Path, age: Duration) -> io::Result<()> {
     }
 }
 
+/// Removes from a directory the files that processes did not put in their places before they were killed.
+pub(crate) fn remove_left(dir: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if is_unfinished(&entry.file_name().to_string_lossy())
+            && let Err(error) = remove_if_left(&entry.path())
+        {
+            log::debug!("cannot remove {:?}: {error}", entry.path());
+        }
+    }
+}
+
+/// Who makes that file, as its name says.
+fn maker(path: &Path) -> Option<proc::Identity> {
+    path.file_name()?.to_str()?.strip_prefix(UNFINISHED)?.split_once('-')?.0.parse().ok()
+}
+
+/// Of this process's files.
+fn prefix() -> String {
+    let own = proc::Identity::own();
+    // Where /proc tells nothing, others would take it for one that has ended.
+    if own.lives() { format!("{UNFINISHED}{own}-") } else { UNFINISHED.into() }
+}
+
 /// Puts a file with these contents, for its owner alone, in the place of what has that name. A reader sees the old one
-/// or the new one, on the disk too, and whoever is killed meanwhile leaves the old one.
+/// or the new one, on the disk too, and whoever is killed meanwhile leaves the old one, and his own for the next.
 pub(crate) fn replace(path: &Path, contents: &[u8]) -> io::Result<()> {
-    let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(path.parent().unwrap_or(Path::new("/")))?;
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    let mut file = tempfile::Builder::new().prefix(&prefix()).tempfile_in(dir)?;
     file.write_all(contents)?;
     file.as_file().sync_all()?;
-    file.persist(path).map(drop).map_err(|error| error.error)
+    file.persist(path).map_err(|error| error.error)?;
+    remove_left(dir);
+    Ok(())
 }
 
 /// Has the directory to itself among those who ask for that, until the lock is dropped.
@@ -125,7 +163,12 @@ pub(crate) fn remove_tree(dir: &Path) -> io::Result<()> {
 /// Removes everything in a directory, and follows no link. However deep its directories are: a guest's may be deeper than
 /// there are descriptors, or bytes in a path. What is in one of them is moved up beside it before it is removed.
 pub(crate) fn empty(dir: &Path) -> io::Result<()> {
-    let (_open, top) = opened(dir)?;
+    empty_open(&opened(dir)?.0)
+}
+
+/// The same of a directory that is open, whatever has its name by now.
+pub(crate) fn empty_open(dir: &File) -> io::Result<()> {
+    let top = path_of(dir);
     let mut moved = 0_u64;
     loop {
         let mut found = false;
@@ -172,8 +215,12 @@ fn move_up(dir: &Path, top: &Path, moved: &mut u64) -> io::Result<()> {
 fn opened(dir: &Path) -> io::Result<(File, PathBuf)> {
     let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
     let open = fs::OpenOptions::new().read(true).custom_flags(flags.bits()).open(dir)?;
-    let path = format!("/proc/self/fd/{}", open.as_raw_fd()).into();
+    let path = path_of(&open);
     Ok((open, path))
+}
+
+fn path_of(open: &File) -> PathBuf {
+    format!("/proc/self/fd/{}", open.as_raw_fd()).into()
 }
 
 #[cfg(test)]
@@ -193,6 +240,25 @@ mod tests {
         assert_ne!(Identity::of(&path).unwrap(), one);
         assert!(replace(&dir.path().join("none/file"), b"").is_err());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_killed_processes_did_not_put_in_place_goes_with_the_next_that_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = proc::Identity::own();
+        let dead = proc::Identity { start: own.start + 1, ..own };
+        let names = [format!(".tmp-{dead}-aB3"), format!(".tmp-{own}-aB3"), ".tmp-aB3".into(), format!("{dead}-aB3")];
+        let paths = names.map(|name| dir.path().join(name));
+        let there = || paths.each_ref().map(|path| path.exists());
+        paths.iter().for_each(|path| fs::write(path, "half").unwrap());
+        replace(&dir.path().join("file"), b"").unwrap();
+        assert_eq!(there(), [false, true, true, true]);
+        let hour_ago = std::time::SystemTime::now() - Duration::from_secs(3600);
+        paths[1..].iter().for_each(|path| File::open(path).unwrap().set_modified(hour_ago).unwrap());
+        replace(&dir.path().join("file"), b"").unwrap();
+        assert_eq!(there(), [false, true, false, true], "a maker that lives may be slow");
+        // And its own name tells of it.
+        assert_eq!(maker(Path::new(&format!("/x/{}aB3", prefix()))), Some(own));
     }
 
     /// More than a process may have open by default, and than a path may have bytes.

@@ -124,6 +124,17 @@ fn what_there_is_is_listed_and_shown() {
         assert!(shown.contains(word), "{word}: {shown}");
     }
     assert_eq!(host.json(&["inspect", key.as_str()])["manifest"]["refusals"][0]["rung"], "standard");
+    assert!(!shown.contains("root difference"), "{shown}");
+    let building = host.store.build(inputs(3)).unwrap();
+    fs::create_dir_all(building.dir().join("root/etc")).unwrap();
+    fs::write(building.dir().join("root/etc/conf"), "three").unwrap();
+    let key = building.publish(vec![], u64::MAX).unwrap();
+    let (shown, root) =
+        (host.says(&["inspect", key.short()]), &host.json(&["inspect", key.short()])["manifest"]["root"]);
+    for word in ["root difference", &format!("{} bytes in 2 entries", root["bytes"]), root["digest"].as_str().unwrap()]
+    {
+        assert!(shown.contains(word), "{word}: {shown}");
+    }
 }
 
 #[test]
@@ -179,6 +190,8 @@ fn what_a_killed_build_has_left_is_pruned() {
     let stat = fs::read_to_string("/proc/self/stat").unwrap();
     let start = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(19).unwrap();
     let (alive, dead) = (format!("{}.{start}", std::process::id()), "4194999.1");
+    let unfinished = |of: &str| ["snapshots", "state"].map(|dir| at(dir).join(format!(".tmp-{of}-ab")));
+    [unfinished(&alive), unfinished(dead)].as_flattened().iter().for_each(|path| fs::write(path, "").unwrap());
     let list = format!("echo web; echo chsnap-build-{alive}; echo chsnap-build-{dead}");
     let views = format!("echo KEY PARENT KIND; echo chsnap-view-{alive}-ab; echo chsnap-view-{dead}-ab");
     let script = format!(
@@ -191,6 +204,8 @@ fn what_a_killed_build_has_left_is_pruned() {
     host.says(&["prune", "--namespace", "n", "--address", at("sock").to_str().unwrap()]);
     assert!(!half.exists() && !at("state/.builders").exists());
     assert!(!old.exists() && young.exists(), "somebody may be about to put it in its place");
+    assert!(unfinished(&alive).iter().all(|path| path.exists()));
+    assert!(!unfinished(dead).iter().any(|path| path.exists()), "nobody is left to do that");
     let said = fs::read_to_string(at("log")).unwrap();
     assert_eq!(said.matches("native rm").count(), 1, "{said}");
     assert!(said.contains(&format!("snapshots --snapshotter native rm chsnap-view-{dead}-ab")), "{said}");

@@ -4,7 +4,6 @@ use std::{
     fs::{self, File},
     io,
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use nix::fcntl::FlockArg;
@@ -15,8 +14,6 @@ use super::{
 };
 use crate::{files, task::chain};
 
-/// A file that nobody has finished by then is of a process that was killed.
-const UNFINISHED_FOR: Duration = Duration::from_secs(600);
 /// Of one key, snapshots on their way out at once.
 const MOST: u32 = 16;
 
@@ -113,7 +110,7 @@ impl Store {
     pub fn prune(&self, budget: u64) -> Result<Pruned, ListError> {
         let mut pruned = Pruned { stayed: self.sweep()?, ..Pruned::default() };
         let mut entries = self.list()?;
-        let mut total: u64 = entries.iter().map(|entry| entry.bytes).sum();
+        let mut total = entries.iter().map(|entry| entry.bytes).sum::<u64>() + self.displaced()?;
         while total > budget
             && let Some(entry) = entries.pop()
         {
@@ -129,6 +126,25 @@ impl Store {
             }
         }
         Ok(pruned)
+    }
+
+    /// Bytes of those that were displaced while somebody used them, and still does: they are on the disk, too.
+    pub(super) fn displaced(&self) -> Result<u64, ListError> {
+        let failed = |source| ListError { path: self.root.clone(), source };
+        let mut bytes = 0;
+        for entry in fs::read_dir(&self.root).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let path = entry.path();
+            let has = |how| matches!(lock(&path, how), Ok(Some(_)));
+            // What another removes at this moment is his alone, and as good as gone.
+            if entry.file_name().to_string_lossy().starts_with(OLD)
+                && !has(FlockArg::LockExclusiveNonblock)
+                && has(FlockArg::LockSharedNonblock)
+            {
+                bytes += files::disk_usage(&path);
+            }
+        }
+        Ok(bytes)
     }
 
     /// Keeps the budget.
@@ -152,8 +168,8 @@ impl Store {
             let name = name.to_string_lossy();
             let swept = if [NEW, OLD].iter().any(|prefix| name.starts_with(prefix)) {
                 self.sweep_one(&path)
-            } else if name.starts_with(files::UNFINISHED) {
-                files::remove_if_old(&path, UNFINISHED_FOR)
+            } else if files::is_unfinished(&name) {
+                files::remove_if_left(&path)
             } else {
                 Ok(())
             };
@@ -181,9 +197,33 @@ impl Store {
 }
 
 /// Once it is empty, the next of its key may take its place on the way out: then it is gone, and the rest is that one's remover's.
+/// So what is emptied is what was locked, whatever has its name by now.
 fn remove_locked(dir: &Path, locked: &File) -> io::Result<()> {
-    match files::remove_tree(dir) {
+    match files::empty_open(locked).and_then(|()| fs::remove_dir(dir)) {
         Err(_) if !is_still(dir, locked) => Ok(()),
         outcome => outcome,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_remover_empties_what_it_has_locked_and_not_what_has_its_name_by_now() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, next) = (dir.path().join(".old-k-0"), dir.path().join("k"));
+        fs::create_dir(&old).unwrap();
+        let locked = lock(&old, FlockArg::LockExclusiveNonblock).unwrap().unwrap();
+        // Another has emptied it, and set the next one aside, which is in use.
+        fs::create_dir(&next).unwrap();
+        fs::write(next.join("memory"), "in use").unwrap();
+        fs::rename(&next, &old).unwrap();
+        remove_locked(&old, &locked).unwrap();
+        assert!(old.join("memory").exists());
+        // Its own goes.
+        let locked = lock(&old, FlockArg::LockExclusiveNonblock).unwrap().unwrap();
+        remove_locked(&old, &locked).unwrap();
+        assert!(!old.exists());
     }
 }

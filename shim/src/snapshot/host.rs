@@ -62,8 +62,12 @@ impl Machine<'_> {
     /// # Errors
     /// See [`InputsError`].
     pub async fn base(&self, rung: Rung, scout: &mut Scout) -> Result<Inputs, InputsError> {
+        self.base_on(&Here::read()?, rung, scout).await
+    }
+
+    async fn base_on(&self, here: &Here, rung: Rung, scout: &mut Scout) -> Result<Inputs, InputsError> {
         let guest = &self.config.guest;
-        let Footing { host_kernel, cpu, vmm, .. } = self.footing(scout).await?;
+        let Footing { host_kernel, cpu, vmm, .. } = self.footing_on(here, scout).await?;
         Ok(Inputs {
             kind: Kind::Base,
             process: None,
@@ -78,7 +82,7 @@ impl Machine<'_> {
             rung,
             host_kernel,
             cpu,
-            chsnap: concat!(env!("CARGO_PKG_VERSION"), "+", env!("CHSNAP_SOURCES")).into(),
+            chsnap: here.chsnap.into(),
         })
     }
 
@@ -87,7 +91,17 @@ impl Machine<'_> {
     /// # Errors
     /// See [`InputsError`].
     pub async fn image(&self, rung: Rung, process: Process, scout: &mut Scout) -> Result<Inputs, InputsError> {
-        Ok(Inputs { kind: Kind::Image, process: Some(process), ..self.base(rung, scout).await? })
+        self.image_on(&Here::read()?, rung, process, scout).await
+    }
+
+    async fn image_on(
+        &self,
+        here: &Here,
+        rung: Rung,
+        process: Process,
+        scout: &mut Scout,
+    ) -> Result<Inputs, InputsError> {
+        Ok(Inputs { kind: Kind::Image, process: Some(process), ..self.base_on(here, rung, scout).await? })
     }
 
     /// What decides on which rung snapshots of it work.
@@ -95,13 +109,18 @@ impl Machine<'_> {
     /// # Errors
     /// See [`InputsError`].
     pub async fn footing(&self, scout: &mut Scout) -> Result<Footing, InputsError> {
+        self.footing_on(&Here::read()?, scout).await
+    }
+
+    async fn footing_on(&self, here: &Here, scout: &mut Scout) -> Result<Footing, InputsError> {
         let driver = self.driver;
         let path = driver.program();
         let version = scout.version(path, version_in).await;
         let version = version.map_err(|said| InputsError::Version { program: path.into(), said })?;
         let vmm =
             VmmBuild { kind: driver.kind(), accelerator: driver.accelerator(), version, program: digest(path, scout)? };
-        Ok(Footing { host_kernel: host_kernel()?, cpu: cpu(vmm.accelerator)?, vmm, from: self.config.vmm.rung.here() })
+        let (host_kernel, cpu) = (here.kernel(), here.cpu(vmm.accelerator));
+        Ok(Footing { host_kernel, cpu, vmm, from: self.config.vmm.rung.here() })
     }
 }
 
@@ -109,17 +128,36 @@ fn digest(path: &Path, scout: &mut Scout) -> Result<String, InputsError> {
     scout.digest(path).map_err(|source| InputsError::File { path: path.into(), source })
 }
 
-fn host_kernel() -> Result<String, InputsError> {
-    let uname = uname().map_err(InputsError::Kernel)?;
-    Ok(format!("{} {}", uname.release().to_string_lossy(), uname.version().to_string_lossy()))
+/// What a host and this program say of themselves.
+struct Here {
+    /// `uname -r`.
+    release: String,
+    /// `uname -v`: the same release is built more than once.
+    version: String,
+    /// `/proc/cpuinfo`.
+    cpuinfo: String,
+    /// Version and sources.
+    chsnap: &'static str,
 }
 
-fn cpu(accelerator: Accelerator) -> Result<String, InputsError> {
-    let path = Path::new("/proc/cpuinfo");
-    let text = fs::read_to_string(path).map_err(|source| InputsError::File { path: path.into(), source })?;
-    // Whole MHz: at each of its boots, a host measures a few kHz more or less.
-    let clock = Arch::HOST.clock_khz(accelerator, &text).map(|khz| format!("; {} MHz", (khz + 500) / 1000));
-    Ok(cpu_in(&text) + &clock.unwrap_or_default())
+impl Here {
+    fn read() -> Result<Self, InputsError> {
+        let uname = uname().map_err(InputsError::Kernel)?;
+        let path = Path::new("/proc/cpuinfo");
+        let cpuinfo = fs::read_to_string(path).map_err(|source| InputsError::File { path: path.into(), source })?;
+        let [release, version] = [uname.release(), uname.version()].map(|text| text.to_string_lossy().into_owned());
+        Ok(Self { release, version, cpuinfo, chsnap: concat!(env!("CARGO_PKG_VERSION"), "+", env!("CHSNAP_SOURCES")) })
+    }
+
+    fn kernel(&self) -> String {
+        format!("{} {}", self.release, self.version)
+    }
+
+    fn cpu(&self, accelerator: Accelerator) -> String {
+        // Whole MHz: at each of its boots, a host measures a few kHz more or less.
+        let clock = Arch::HOST.clock_khz(accelerator, &self.cpuinfo).map(|khz| format!("; {} MHz", (khz + 500) / 1000));
+        cpu_in(&self.cpuinfo) + &clock.unwrap_or_default()
+    }
 }
 
 /// Lines of `/proc/cpuinfo` that tell a model from another, on x86_64 and arm64. Not the microcode's revision, nor what
@@ -203,6 +241,7 @@ mod tests {
         vmm: Stand,
         virtiofsd: VirtiofsdProgram,
         process: Process,
+        here: Here,
     }
 
     impl Host {
@@ -216,7 +255,8 @@ mod tests {
             let virtiofsd = VirtiofsdProgram { path: at("virtiofsd"), version: "1.14.0".into() };
             let shape = Shape { vcpus: 1, memory_mib: 256 };
             let process = inputs().process.unwrap();
-            let host = Self { dir, config, shape, rung: Rung::Standard, vmm, virtiofsd, process };
+            let here = Here::read().unwrap();
+            let host = Self { dir, config, shape, rung: Rung::Standard, vmm, virtiofsd, process, here };
             for name in ["kernel", "initramfs", "vmm", "virtiofsd"] {
                 host.program(name, "10.0.2");
             }
@@ -239,19 +279,19 @@ mod tests {
 
         /// Of a base snapshot and of one of an image.
         async fn keys(&self) -> [Key; 2] {
-            let Self { config, shape, vmm, virtiofsd, .. } = self;
+            let Self { config, shape, vmm, virtiofsd, rung, here, .. } = self;
             let machine = Machine { config, shape: *shape, driver: vmm, virtiofsd };
             // What was found before is believed, as by pods.
             let mut scout = Scout::new(config, Freshness::Remembered);
-            let base = machine.base(self.rung, &mut scout).await.unwrap();
-            [base.key(), machine.image(self.rung, self.process.clone(), &mut scout).await.unwrap().key()]
+            let base = machine.base_on(here, *rung, &mut scout).await.unwrap();
+            [base.key(), machine.image_on(here, *rung, self.process.clone(), &mut scout).await.unwrap().key()]
         }
     }
 
     #[tokio::test]
     async fn whatever_of_a_host_changes_changes_the_keys() {
         type Change = fn(&mut Host);
-        let changes: [(&str, Change); 16] = [
+        let changes: [(&str, Change); 21] = [
             ("kernel", |host| host.append("kernel")),
             ("initramfs", |host| host.append("initramfs")),
             ("cmdline", |host| host.config.guest.cmdline = "quiet".into()),
@@ -265,6 +305,11 @@ mod tests {
             ("vcpus", |host| host.shape.vcpus = 2),
             ("memory", |host| host.shape.memory_mib = 257),
             ("rung", |host| host.rung = Rung::NoPmu),
+            ("host's kernel", |host| host.here.release.push_str("-rc1")),
+            ("host's kernel, built again", |host| host.here.version.push_str(" again")),
+            ("CPU model", |host| host.here.cpuinfo.insert_str(0, "model name : Another\nCPU part : 0xfff\n")),
+            ("CPU features", |host| host.here.cpuinfo.insert_str(0, "flags : another\n")),
+            ("chsnap's sources", |host| host.here.chsnap = "0.1.0+other"),
             ("another kernel", |host| {
                 fs::rename(host.dir.path().join("initramfs"), host.dir.path().join("kernel")).unwrap();
                 host.program("initramfs", "10.0.2");
@@ -316,6 +361,20 @@ mod tests {
         let both = cpu_in(&format!("{}\n{}", arm("0xd05"), arm("0xd0b")));
         assert_eq!(both, cpu_in(&format!("{}\n{}", arm("0xd0b"), arm("0xd05"))));
         assert!(both.contains("0xd05") && both.contains("0xd0b"), "{both}");
-        assert!(!cpu(Accelerator::Tcg).unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_a_key_has_of_this_host_is_what_that_says() {
+        let said = |path: &str| fs::read_to_string(path).unwrap().trim_end().to_owned();
+        let Host { config, shape, vmm, virtiofsd, dir: _dir, .. } = &Host::new();
+        let machine = Machine { config, shape: *shape, driver: vmm, virtiofsd };
+        let mut scout = Scout::new(config, Freshness::Remembered);
+        let inputs = machine.base(Rung::Standard, &mut scout).await.unwrap();
+        let kernel = ["osrelease", "version"].map(|name| said(&format!("/proc/sys/kernel/{name}"))).join(" ");
+        assert_eq!(inputs.host_kernel, kernel);
+        assert!(inputs.cpu.starts_with(&cpu_in(&said("/proc/cpuinfo"))) && !inputs.cpu.is_empty(), "{}", inputs.cpu);
+        assert!(inputs.chsnap.ends_with(env!("CHSNAP_SOURCES")) && !env!("CHSNAP_SOURCES").is_empty());
+        let footing = machine.footing(&mut scout).await.unwrap();
+        assert_eq!((&footing.host_kernel, &footing.cpu), (&inputs.host_kernel, &inputs.cpu));
     }
 }

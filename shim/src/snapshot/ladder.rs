@@ -84,6 +84,12 @@ impl Footing {
 }
 
 impl Outcome {
+    /// Whether it is still believed.
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        self.until.is_none_or(|until| seconds() < until)
+    }
+
     /// Why no snapshot works at all; `None` where one does.
     #[must_use]
     pub fn hopeless(&self) -> Option<String> {
@@ -109,11 +115,16 @@ impl Ladder {
         &self.findings.outcomes
     }
 
-    /// What was found out on that footing.
+    /// What was found out on that footing, and holds.
     #[must_use]
     pub fn outcome(&self, on: &Footing) -> Option<&Outcome> {
-        let holds = |outcome: &&Outcome| outcome.until.is_none_or(|until| seconds() < until);
-        self.findings.outcomes.iter().find(|outcome| outcome.on == *on).filter(holds)
+        self.found(on).filter(|outcome| outcome.holds())
+    }
+
+    /// What was found out on that footing, be it believed no more.
+    #[must_use]
+    pub fn found(&self, on: &Footing) -> Option<&Outcome> {
+        self.findings.outcomes.iter().find(|outcome| outcome.on == *on)
     }
 
     /// Why a template was not built, if that is too short ago to try it again.
@@ -153,7 +164,9 @@ impl Ladder {
     /// # Errors
     /// Where the file cannot be removed.
     pub fn forget(snapshots: &Path) -> io::Result<()> {
-        match fs::remove_file(snapshots.join(FILE)) {
+        // A builder that has read it would write it again.
+        let forgotten = files::lock_dir(snapshots).and_then(|_lock| fs::remove_file(snapshots.join(FILE)));
+        match forgotten {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }
@@ -223,7 +236,35 @@ mod tests {
         assert_eq!(known.outcomes()[0].hopeless().unwrap(), "standard: os error 22");
         Ladder::forget(dir.path()).unwrap();
         Ladder::forget(dir.path()).unwrap();
+        Ladder::forget(&dir.path().join("none")).unwrap();
         assert!(Ladder::load(dir.path()).outcomes().is_empty());
+    }
+
+    #[test]
+    fn what_is_to_be_forgotten_is_not_written_again_by_a_builder_that_has_read_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut ladder = Ladder::load(dir.path());
+        ladder.learn(footing(), None, vec![]);
+        std::thread::scope(|scope| {
+            let mut forgetting = None;
+            ladder.change(|_| {
+                forgetting = Some(scope.spawn(|| Ladder::forget(dir.path()).unwrap()));
+                std::thread::sleep(Duration::from_millis(200));
+            });
+            forgetting.unwrap().join().unwrap();
+        });
+        assert!(Ladder::load(dir.path()).outcomes().is_empty());
+    }
+
+    #[test]
+    fn an_outcome_that_holds_no_longer_is_told_apart_from_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut ladder = Ladder::load(dir.path());
+        assert!(ladder.found(&footing()).is_none());
+        ladder.learn(footing(), None, vec![Refusal { silent: true, ..Refusal::new(Rung::Standard, "no answer") }]);
+        assert!(ladder.outcome(&footing()).is_some_and(Outcome::holds));
+        ladder.change(|findings| findings.outcomes[0].until = Some(seconds()));
+        assert!(ladder.outcome(&footing()).is_none() && ladder.found(&footing()).is_some_and(|found| !found.holds()));
     }
 
     #[test]

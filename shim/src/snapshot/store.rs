@@ -25,7 +25,10 @@ use nix::{
     sys::{stat::futimens, time::TimeSpec},
 };
 
-use super::{BuildError, FindError, Inputs, Key, ListError, Manifest, OpenError, Refusal, manifest::take_stock};
+use super::{
+    BuildError, FindError, Inputs, Key, ListError, Manifest, OpenError, Refusal,
+    manifest::{Stock, take_stock},
+};
 use crate::{files, state::timestamp};
 
 pub(super) const NEW: &str = ".new-";
@@ -255,9 +258,18 @@ impl Building {
     ///
     /// # Errors
     /// Then nothing of it is left.
-    pub fn publish(mut self, refusals: Vec<Refusal>, root_limit: u64) -> Result<Key, BuildError> {
+    pub fn publish(self, refusals: Vec<Refusal>, root_limit: u64) -> Result<Key, BuildError> {
+        self.publish_with(refusals, root_limit, &sync)
+    }
+
+    pub(super) fn publish_with(
+        mut self,
+        refusals: Vec<Refusal>,
+        root_limit: u64,
+        sync: &dyn Fn(&Path) -> io::Result<()>,
+    ) -> Result<Key, BuildError> {
         let key = self.inputs.key();
-        let (files, root) = take_stock(&self.dir)?;
+        let Stock { files, root, verified } = take_stock(&self.dir)?;
         if let Some(root) = root.as_ref().filter(|root| root.bytes > root_limit) {
             return Err(BuildError::RootTooLarge { bytes: root.bytes, limit: root_limit });
         }
@@ -265,7 +277,7 @@ impl Building {
         let build_ms = now.duration_since(self.began).unwrap_or_default().as_millis().try_into().unwrap_or(u64::MAX);
         let inputs = self.inputs.clone();
         let manifest = Manifest { key: key.clone(), inputs, created_at: timestamp(), build_ms, refusals, files, root };
-        manifest.write(&self.dir)?;
+        manifest.write(&self.dir, &verified)?;
         let bytes = manifest.bytes(&self.dir);
         if bytes > self.budget {
             return Err(BuildError::TooLarge { bytes, budget: self.budget });
@@ -278,7 +290,14 @@ impl Building {
         sync(&self.dir).map_err(|error| failed(&self.dir, error))?;
         fs::rename(&self.dir, &to).map_err(|error| failed(&to, error))?;
         self.lock = None;
-        sync(&self.root).map_err(|error| failed(&self.root, error))?;
+        // It is there for everybody now.
+        if let Err(error) = sync(&self.root) {
+            log::warn!(
+                "the snapshot {} may not outlive a power cut: cannot write {:?}: {error}",
+                key.short(),
+                self.root
+            );
+        }
         Ok(key)
     }
 
@@ -292,9 +311,10 @@ impl Building {
         };
         // Nothing is let go of in vain.
         let in_use = store.list().map_err(failed)?.into_iter().filter(|entry| store.is_in_use(&entry.key));
-        room(in_use.map(|entry| entry.bytes).sum())?;
+        let displaced = || store.displaced().map_err(failed);
+        room(in_use.map(|entry| entry.bytes).sum::<u64>() + displaced()?)?;
         store.prune(self.budget.saturating_sub(bytes)).map_err(failed)?.log();
-        room(store.list().map_err(failed)?.iter().map(|entry| entry.bytes).sum())
+        room(store.list().map_err(failed)?.iter().map(|entry| entry.bytes).sum::<u64>() + displaced()?)
     }
 }
 

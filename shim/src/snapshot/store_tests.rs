@@ -11,6 +11,7 @@ use std::{
 use tempfile::TempDir;
 
 use super::{key::tests::inputs, store::Building, *};
+use crate::files;
 
 const PLENTY: u64 = 1 << 40;
 const MEMORY: &[u8] = &[7; 100_000];
@@ -243,6 +244,43 @@ fn the_newest_does_not_go_again_at_once() {
     // One that cannot be read counts, too.
     fs::write(store.root.join(new.as_str()).join("manifest.json"), "{").unwrap();
     assert!(store.list().unwrap().iter().all(|entry| entry.bytes >= 100_000));
+}
+
+/// Its users have it on the disk until they end.
+#[test]
+fn one_that_was_displaced_counts_while_it_is_used() {
+    let (_dir, store) = store(250_000);
+    let key = published(&store, 1);
+    let used = store.find(&key).unwrap().unwrap();
+    store.displace(&key).unwrap();
+    assert_eq!(names(&store), BTreeSet::from([format!(".old-{key}-0")]));
+    let two = published(&store, 2);
+    let in_use = store.find(&two).unwrap().unwrap();
+    let error = filled(&store, of(1)).publish(vec![], u64::MAX).unwrap_err();
+    assert!(matches!(error, BuildError::Full { in_use: 200_000.., .. }), "{error}");
+    drop(in_use);
+    // What nobody uses gives way to the rest.
+    let key = published(&store, 1);
+    assert!(store.find(&two).unwrap().is_none() && store.find(&key).unwrap().is_some());
+    // What another removes is not in use.
+    drop(used);
+    let old = store.root.join(format!(".old-{key}-0"));
+    let _removed = files::lock_dir(&old).unwrap();
+    assert_eq!(store.displaced().unwrap(), 0);
+    assert!(published(&store, 3) != key && store.find(&key).unwrap().is_some());
+}
+
+#[test]
+fn one_that_is_there_is_published_although_the_store_cannot_be_written_to_the_disk() {
+    let (_dir, store) = store(PLENTY);
+    let no_disk = |path: &Path| if path == store.root { Err(std::io::ErrorKind::Other.into()) } else { Ok(()) };
+    let key = filled(&store, of(1)).publish_with(vec![], u64::MAX, &no_disk).unwrap();
+    assert!(store.find(&key).unwrap().is_some());
+    // Before it is there, there is nothing to be told of.
+    let nothing = |_: &Path| Err(std::io::ErrorKind::Other.into());
+    let error = filled(&store, of(2)).publish_with(vec![], u64::MAX, &nothing).unwrap_err();
+    assert!(matches!(error, BuildError::Io { .. }), "{error}");
+    assert_eq!(names(&store), BTreeSet::from([key.to_string()]));
 }
 
 #[test]

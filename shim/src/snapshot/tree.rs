@@ -85,11 +85,12 @@ pub fn take_stock(top: &Path) -> io::Result<Tree> {
     Ok(tree)
 }
 
-/// Changes when anything below `top` is written to, replaced, added or removed, without a look at contents.
+/// Changes when anything below `top` is written to, replaced, added or removed, without a look at contents; but not with the
+/// name of `top`, which is another once a snapshot is published.
 pub fn identity(top: &Path) -> io::Result<String> {
     let mut hash = Sha256::new();
     walk(top, &mut |path, meta| {
-        hash.update(path.as_os_str().as_bytes());
+        hash.update(path.strip_prefix(top).unwrap_or(path).as_os_str().as_bytes());
         hash.update(serde_json::to_vec(&Identity::from(meta))?);
         Ok(())
     })?;
@@ -226,6 +227,10 @@ mod tests {
         fs::write(&file, "one").unwrap();
         let before = identity(dir.path()).unwrap();
         assert_eq!(identity(dir.path()).unwrap(), before);
+        let elsewhere = dir.path().with_extension("elsewhere");
+        fs::rename(dir.path(), &elsewhere).unwrap();
+        assert_eq!(identity(&elsewhere).unwrap(), before, "the same at another place");
+        fs::rename(&elsewhere, dir.path()).unwrap();
         std::thread::sleep(std::time::Duration::from_millis(20));
         fs::write(&file, "two").unwrap();
         assert_ne!(identity(dir.path()).unwrap(), before);

@@ -6,7 +6,7 @@ use chsnap_protocol::agent::InfoResponse;
 
 use super::{
     Built, Order, RungError, TemplateError,
-    climb::{Climbed, Step, climb},
+    climb::{Climbed, Step, climb, once_more, twice},
     ground::Ground,
     image::{ImageOrder, Named},
     is_lasting, told,
@@ -174,7 +174,14 @@ impl Workshop<'_> {
             Err(error) => return Err(TemplateError::from(error).into()),
         };
         tell(&format!("{rung}: starting the template of {}", key.short()));
-        let made = self.make(&*driver, rung, building.dir(), tell).await;
+        let made = twice(Unbuilt::may_pass, async |before| {
+            if let Some(Unbuilt::Rung(before)) = before {
+                tell(&once_more(rung, &before));
+                building.clear().map_err(TemplateError::from)?;
+            }
+            self.make(&*driver, rung, building.dir(), tell).await
+        });
+        let made = made.await;
         let published = match made {
             Ok(()) => self.publish(building, refusals, &*driver, scout).await,
             Err(Unbuilt::Rung(error)) if error.is_for_want_of_room() => Err(TemplateError::Room(error)),
@@ -304,6 +311,12 @@ pub(super) enum Unbuilt {
     Rung(RungError),
     /// It has nothing to do with the rung.
     Else(TemplateError),
+}
+
+impl Unbuilt {
+    fn may_pass(&self) -> bool {
+        matches!(self, Self::Rung(error) if error.may_pass())
+    }
 }
 
 impl From<RungError> for Unbuilt {

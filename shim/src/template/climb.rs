@@ -1,5 +1,7 @@
 //! Climbing down the ladder: from the fullest rung to the barest, until one works.
 
+use std::error::Error;
+
 use crate::{
     snapshot::{Outcome, Refusal},
     task::chain,
@@ -57,6 +59,22 @@ pub async fn climb<T, E>(
     Ok(Climbed { on: None, refusals })
 }
 
+/// Tries it, and once more where it failed for a reason that `may_pass`; `attempt` hears what the first one came to.
+pub async fn twice<T, E>(
+    may_pass: impl Fn(&E) -> bool,
+    mut attempt: impl AsyncFnMut(Option<E>) -> Result<T, E>,
+) -> Result<T, E> {
+    match attempt(None).await {
+        Err(error) if may_pass(&error) => attempt(Some(error)).await,
+        first => first,
+    }
+}
+
+/// What is told of that.
+pub fn once_more(rung: Rung, error: &dyn Error) -> String {
+    format!("{rung}: trying that once more: {}", chain(error))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -106,6 +124,25 @@ mod tests {
                         GetAarchCoreRegister(Invalid argument (os error 22))";
             assert!(refusals.iter().all(|refusal| refusal.why == text), "{refusals:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn what_may_pass_is_tried_twice_and_then_believed() {
+        let tried = async |outcomes: &[Result<(), &'static str>]| {
+            let mut left = outcomes.iter();
+            let tried = twice(
+                |error| *error != "lasting",
+                async |before: Option<&str>| {
+                    assert_eq!(before.is_some(), left.len() < outcomes.len());
+                    *left.next().unwrap()
+                },
+            );
+            (tried.await, left.len())
+        };
+        assert_eq!(tried(&[Ok(()), Err("more")]).await, (Ok(()), 1));
+        assert_eq!(tried(&[Err("once"), Ok(()), Err("more")]).await, (Ok(()), 1));
+        assert_eq!(tried(&[Err("once"), Err("again"), Ok(())]).await, (Err("again"), 1));
+        assert_eq!(tried(&[Err("lasting"), Ok(())]).await, (Err("lasting"), 1));
     }
 
     #[tokio::test]

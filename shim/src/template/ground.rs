@@ -12,6 +12,7 @@ use super::{Order, TemplateError};
 use crate::{
     cgroup::Cgroup,
     config::Config,
+    files,
     sandbox::{DirError, PodDir, RootError},
     share::Share,
     snapshot::Store,
@@ -37,6 +38,7 @@ pub fn clear_away(config: &Config) {
     let left: Vec<_> = entries.filter_map(|entry| PodDir::claim(&entry.path()).ok()).collect();
     // While a builder to come waits for these places: else it would find its own in the store taken.
     sweep(config);
+    files::remove_left(&config.state.dir);
     for dir in left {
         if let Ok(mut cgroup) = Cgroup::find(CGROUP, dir.path()) {
             cgroup.remove();

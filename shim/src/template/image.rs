@@ -13,7 +13,7 @@ use thiserror::Error;
 use super::{
     Built, RungError, TemplateError,
     builder::{Running, Workshop},
-    climb::{Climbed, Step, climb},
+    climb::{Climbed, Step, climb, once_more, twice},
     is_lasting,
     limit::{ExcessError, within},
     prove::Saved,
@@ -32,7 +32,7 @@ use crate::{
     share::{Overlay, RootMount, Share},
     snapshot::{BuildError, Held, Inputs, Ladder, Layers, ROOT, Refusal, nameless},
     task::chain,
-    vmm::{self, Driver, Rung, SnapshotError, VmSpec},
+    vmm::{self, Driver, Rung, VmSpec},
 };
 
 /// Beside the root difference, while it is being made: what overlayfs works in, and what the trial writes.
@@ -98,12 +98,14 @@ pub enum ProcessError {
         /// How many.
         files: usize,
     },
-    /// The VMM.
-    #[error("the template cannot be saved")]
-    Save(#[source] SnapshotError),
-    /// What was saved is worth nothing.
-    #[error("the trial restore failed")]
-    Trial(#[source] StartError),
+    /// On this rung.
+    #[error(transparent)]
+    Rung(#[from] RungError),
+    /// Nobody can go on with them. No rung has to do with that.
+    #[error(
+        "virtiofsd ended in the trial restore, as it does where it does not find a file again that the process has open: {0}"
+    )]
+    Files(String),
 }
 
 impl ProcessError {
@@ -163,10 +165,7 @@ impl Workshop<'_> {
             let refusals = of_base.chain(refusals.iter().cloned()).collect();
             let error = match self.image_on(rung, refusals, image, &chain_id, &lowers, scout, tell).await {
                 Ok(built) => return Step::Works(built),
-                Err(TemplateError::Process(ProcessError::Save(error))) => RungError::Save(error),
-                Err(TemplateError::Process(ProcessError::Trial(error))) if !is_of_hooks(&error) => {
-                    RungError::Trial(error)
-                }
+                Err(TemplateError::Process(ProcessError::Rung(error))) if !is_of_hooks(&error) => error,
                 Err(error) => return Step::Broken(error),
             };
             match error.is_for_want_of_room() {
@@ -228,8 +227,14 @@ impl Workshop<'_> {
             Err(error) => return Err(error.into()),
         };
         tell(&format!("{rung}: starting the template of {}, {}", key.short(), shown(building.inputs())));
-        let made =
-            self.make_image(image, lowers, rung, &*driver, building.dir(), tell).await.map_err(TemplateError::from);
+        let made = twice(may_pass, async |before| {
+            if let Some(before) = before {
+                tell(&once_more(rung, &before));
+                building.clear()?;
+            }
+            Ok(self.make_image(image, lowers, rung, &*driver, building.dir(), tell).await?)
+        });
+        let made = made.await;
         let layers = Layers::load(&config.snapshot.dir);
         let same = || layers.chain_id(lowers) == Some(chain_id);
         let published = match made {
@@ -310,7 +315,7 @@ impl Workshop<'_> {
         let held = Held::told(open).map_err(|files| ProcessError::Open { files })?;
         held.write(into).map_err(|source| ProcessError::Scratch { path: into.into(), source })?;
         tell(&format!("{rung}: saving it"));
-        running.vm().snapshot(into).await.map_err(ProcessError::Save)
+        running.vm().snapshot(into).await.map_err(|error| RungError::Save(error).into())
     }
 }
 
@@ -339,8 +344,13 @@ impl Drop for Placed<'_> {
 }
 
 /// Hooks that fail do so on every rung. Not so a machine that ends over them, or an agent.
-fn is_of_hooks(error: &StartError) -> bool {
-    matches!(error, StartError::Adopt(error) if !error.is_of_channel())
+fn is_of_hooks(error: &RungError) -> bool {
+    matches!(error, RungError::Trial(StartError::Adopt(error)) if !error.is_of_channel())
+}
+
+/// Whether the rung is not yet to be given up for that.
+fn may_pass(error: &TemplateError) -> bool {
+    matches!(error, TemplateError::Process(ProcessError::Rung(error)) if error.may_pass() && !is_of_hooks(error))
 }
 
 /// Whether containerd has said that there is no image, and not just failed to name one.
@@ -369,6 +379,6 @@ pub(super) fn directory(path: &Path, like: Option<&PathBuf>) -> Result<(), Proce
     made.map_err(|source| ProcessError::Scratch { path: path.into(), source })
 }
 
-fn remove(path: &Path) -> Result<(), ProcessError> {
+pub(super) fn remove(path: &Path) -> Result<(), ProcessError> {
     files::remove_tree(path).map_err(|source| ProcessError::Scratch { path: path.into(), source })
 }

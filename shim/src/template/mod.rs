@@ -19,7 +19,7 @@ use crate::{
     share::{Overlay, RootMount, VirtiofsdError},
     snapshot::{BuildError, FindError, InputsError, Key, ListError, OpenError},
     task::chain,
-    vmm::{SelectError, SnapshotError},
+    vmm::{BootError, ControlError, SelectError, SnapshotError},
 };
 
 mod ahead;
@@ -165,20 +165,15 @@ pub enum RungError {
 }
 
 impl RungError {
-    /// Whether it was the host's want of memory or of disk, or somebody's doing. A rung is not to be given up for that.
+    /// Whether it was the host's want of memory, of disk or of anything else it has for a while, or somebody's doing. A rung
+    /// is not to be given up for that.
     fn is_for_want_of_room(&self) -> bool {
-        const TELLING: [&str; 4] =
-            ["(SIGKILL)", "No space left on device", "Cannot allocate memory", "Disk quota exceeded"];
         // No rung has to do with who serves the files.
-        if matches!(self, Self::Start(StartError::VirtiofsdEnded(_)) | Self::Trial(StartError::VirtiofsdEnded(_))) {
-            return true;
-        }
-        let text = chain(self);
-        TELLING.iter().any(|telling| text.contains(telling))
+        let of_files =
+            matches!(self, Self::Start(StartError::VirtiofsdEnded(_)) | Self::Trial(StartError::VirtiofsdEnded(_)));
+        of_files || tells_of_host(&chain(self))
     }
-}
 
-impl RungError {
     /// Whether there was no answer in time, or none soon enough to set a clock by: the rung may work on a host that has less to
     /// do.
     fn is_silence(&self) -> bool {
@@ -187,6 +182,47 @@ impl RungError {
         };
         matches!(self, Self::Start(error) | Self::Trial(error) if late(error)) || chain(self).contains("did not answer")
     }
+
+    /// Whether it may be another a moment later. A rung is refused for good, so what does not tell of the rung is to be seen
+    /// twice. What is not held against it for good needs no second look.
+    fn may_pass(&self) -> bool {
+        !self.is_for_want_of_room() && !self.is_silence() && !self.is_of_vmm()
+    }
+
+    /// Whether the VMM itself has said that the kernel refuses what it was told to do: a register, most likely.
+    fn is_of_vmm(&self) -> bool {
+        const TELLING: [&str; 2] = ["Invalid argument", "os error 22"];
+        let said = match self {
+            Self::Save(SnapshotError::Control(ControlError::Refused { answer, .. })) => answer,
+            Self::Save(SnapshotError::Died { said, .. }) => said,
+            Self::Start(StartError::Boot(error)) | Self::Trial(StartError::Boot(error)) => match error {
+                BootError::Died { said, .. } => said,
+                BootError::Control { source: ControlError::Refused { answer, .. }, .. } => answer,
+                _ => return false,
+            },
+            _ => return false,
+        };
+        TELLING.iter().any(|telling| said.contains(telling))
+    }
+}
+
+/// Whether the host had no room, or somebody ended what had to run.
+fn tells_of_host(text: &str) -> bool {
+    const TELLING: [&str; 10] = [
+        "(SIGKILL)",
+        "(SIGTERM)",
+        "(SIGINT)",
+        "(SIGHUP)",
+        // QEMU, which ends well then.
+        "terminating on signal",
+        "No space left on device",
+        "Cannot allocate memory",
+        "Disk quota exceeded",
+        "Resource temporarily unavailable",
+        // Of a process, or in the system.
+        "Too many open files",
+    ];
+    TELLING.iter().any(|telling| text.contains(telling))
 }
 
 /// What the guest says of itself, for the record.
@@ -211,7 +247,6 @@ fn is_lasting(error: &TemplateError) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::ControlError;
 
     #[test]
     fn what_was_killed_or_had_no_room_is_not_held_against_the_rung() {
@@ -222,10 +257,17 @@ mod tests {
         let trial = |how: &str| RungError::Trial(StartError::Died { how: how.into() });
         for error in [
             saved("Unable to write to file: No space left on device"),
+            saved("Error creating a thread: Resource temporarily unavailable (os error 11)"),
+            saved("Could not open 'memory': Too many open files (os error 24)"),
+            saved("Could not open 'memory': Too many open files in system (os error 23)"),
             trial("the VMM ended (signal: 9 (SIGKILL))"),
+            trial("the VMM ended (signal: 15 (SIGTERM))"),
+            trial("the VMM ended (signal: 2 (SIGINT))"),
+            trial("the VMM ended (signal: 1 (SIGHUP))"),
+            trial("the guest stopped (exit status: 0); VMM: qemu: terminating on signal 15 from pid 7"),
             RungError::Trial(StartError::VirtiofsdEnded("exit status: 1".into())),
         ] {
-            assert!(error.is_for_want_of_room(), "{}", chain(&error));
+            assert!(error.is_for_want_of_room() && !error.may_pass(), "{}", chain(&error));
         }
         let late =
             RungError::Save(SnapshotError::Control(ControlError::Late { command: "stop".into(), seconds: 60.0 }));
@@ -236,5 +278,36 @@ mod tests {
         {
             assert!(!error.is_for_want_of_room(), "{}", chain(&error));
         }
+    }
+
+    #[test]
+    fn what_the_vmm_itself_refuses_is_believed_at_once_and_all_else_is_tried_again() {
+        let register = "SetSysRegister(Invalid argument (os error 22))".to_owned();
+        let refused = |answer: &str| ControlError::Refused { command: "vm.restore".into(), answer: answer.into() };
+        let booted = |source| RungError::Trial(StartError::Boot(BootError::Control { program: "vmm".into(), source }));
+        let died = |said: String| {
+            let (program, status) = ("vmm".into(), "exit status: 1".into());
+            RungError::Trial(StartError::Boot(BootError::Died { program, status, said, advice: "" }))
+        };
+        for error in [
+            booted(refused(&register)),
+            RungError::Save(SnapshotError::Control(refused(&register))),
+            RungError::Save(SnapshotError::Died { status: "exit status: 1".into(), said: register.clone() }),
+            died(register.clone()),
+        ] {
+            assert!(!error.may_pass(), "{}", chain(&error));
+        }
+        let in_guest = format!("the VMM ended (exit status: 1); guest console: {register}");
+        let closed = ControlError::Closed { command: "vm.restore".into() };
+        for error in [
+            booted(refused("Error connecting to the back-end")),
+            booted(closed),
+            died("Aborted".into()),
+            RungError::Trial(StartError::Died { how: in_guest }),
+        ] {
+            assert!(error.may_pass(), "{}", chain(&error));
+        }
+        let late = booted(ControlError::Late { command: "vm.restore".into(), seconds: 60.0 });
+        assert!(!late.may_pass(), "it is believed for a while only");
     }
 }

@@ -13,8 +13,10 @@ use tokio::time::timeout;
 use super::{
     RungError, TemplateError,
     builder::{Unbuilt, Workshop},
-    image::{ImageOrder, Placed, ProcessError, TRIAL, WORK, directory, guest},
+    climb::{once_more, twice},
+    image::{ImageOrder, Placed, ProcessError, TRIAL, WORK, directory, guest, remove},
     limit::within,
+    tells_of_host,
 };
 use crate::{
     agent::Agent,
@@ -63,7 +65,13 @@ impl Workshop<'_> {
             Err(error) => return Err(TemplateError::from(error).into()),
         };
         tell(&format!("{rung}: restoring {}, which is there, by way of trial", key.short()));
-        let error = match self.restore(driver, rung, there.dir()).await {
+        let restored = twice(RungError::may_pass, async |before| {
+            if let Some(before) = before {
+                tell(&once_more(rung, &before));
+            }
+            self.restore(driver, rung, there.dir()).await
+        });
+        let error = match restored.await {
             Ok(()) => return Ok(true),
             Err(error) if error.is_for_want_of_room() || error.is_silence() => return Err(error.into()),
             Err(error) => error,
@@ -103,9 +111,18 @@ impl Workshop<'_> {
         let Some(there) = self.store.find(&key)? else { return Ok(Some(building)) };
         tell(&format!("{rung}: restoring {}, which is there, by way of trial", key.short()));
         let saved = Saved { from: there.dir(), image, lowers };
-        let error = match self.try_image(driver, rung, &saved, &building.dir().join(TRIAL)).await {
+        let scratch = building.dir().join(TRIAL);
+        let may_pass = |error: &ProcessError| matches!(error, ProcessError::Rung(error) if error.may_pass());
+        let tried = twice(may_pass, async |before| {
+            if let Some(before) = before {
+                tell(&once_more(rung, &before));
+                remove(&scratch)?;
+            }
+            self.try_image(driver, rung, &saved, &scratch).await
+        });
+        let error = match tried.await {
             Ok(()) => return Ok(None),
-            Err(ProcessError::Trial(error)) => RungError::Trial(error),
+            Err(ProcessError::Rung(error)) => error,
             Err(error) => return Err(error.into()),
         };
         // Neither says anything about what was saved.
@@ -141,7 +158,7 @@ impl Workshop<'_> {
         let new = NewContainer { id: TEMPLATE, rootfs: &rootfs, plan: &plan, stdio: (*streams).into() };
         let container = Placed::new(self.ground.share(), &rootfs, &new).map_err(guest)?;
         let origin = Origin::Snapshot(Kind::Image, saved.from);
-        let mut running = self.start(driver, &self.image_spec(rung), origin).await.map_err(ProcessError::Trial)?;
+        let mut running = self.start(driver, &self.image_spec(rung), origin).await.map_err(trial)?;
         let adoption = AdoptRequest {
             from: TEMPLATE.into(),
             container_id: ADOPTED.into(),
@@ -154,7 +171,7 @@ impl Workshop<'_> {
         let (agent, vm, virtiofsd) = running.parts();
         let goes_on = machine::while_alive(vm, virtiofsd, goes_on(agent, adoption, hooks));
         let limit = config.snapshot.root_limit.as_bytes();
-        let tried = within(&upper, limit, async { goes_on.await.map_err(ProcessError::Trial) }).await;
+        let tried = within(&upper, limit, async { goes_on.await.map_err(trial) }).await;
         running.end().await;
         drop(container);
         tried
@@ -164,6 +181,14 @@ impl Workshop<'_> {
     pub(super) fn image_spec(&self, rung: Rung) -> VmSpec {
         let spec = machine::spec(&self.order.config, self.order.shape(), self.ground.dir(), self.ground.cgroups());
         machine::templates_spec(spec, Kind::Image, rung)
+    }
+}
+
+/// virtiofsd opens by their paths what the process had open, and ends where it cannot.
+fn trial(error: StartError) -> ProcessError {
+    match error {
+        StartError::VirtiofsdEnded(how) if !tells_of_host(&how) => ProcessError::Files(how),
+        error => RungError::Trial(error).into(),
     }
 }
 
@@ -184,6 +209,20 @@ fn is_not_borne(exit_status: u32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_virtiofsd_that_ends_in_the_trial_of_a_process_tells_of_its_files() {
+        let ended = |how: &str| trial(StartError::VirtiofsdEnded(how.into()));
+        let refused = TemplateError::Process(ended("exit status: 1; cannot open /app/log"));
+        let text = chain(&refused);
+        assert!(text.contains("cannot open /app/log") && text.contains("has open"), "{text}");
+        assert!(!text.contains("had no room") && super::super::is_lasting(&refused), "{text}");
+        for how in ["signal: 9 (SIGKILL)", "exit status: 1; No space left on device"] {
+            assert!(matches!(ended(how), ProcessError::Rung(error) if error.is_for_want_of_room()), "{how}");
+        }
+        let died = trial(StartError::Died { how: "exit status: 1".into() });
+        assert!(matches!(died, ProcessError::Rung(RungError::Trial(_))));
+    }
 
     #[test]
     fn only_what_a_cpu_does_not_bear_is_held_against_a_rung() {

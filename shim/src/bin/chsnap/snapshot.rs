@@ -10,7 +10,7 @@ use std::{
 use chsnap::{
     config::{Config, Size},
     origin::Place,
-    snapshot::{Entry, Key, Manifest, Pruned, Store},
+    snapshot::{Entry, Key, Manifest, Pruned, Store, Tree},
     task::chain,
     template::{self, StandIn},
 };
@@ -204,6 +204,9 @@ fn inspect(one: &One) -> Outcome {
     }
     for (name, content) in &manifest.files {
         rows.push([format!("file {name}"), format!("{} bytes, {}", content.size, content.digest)]);
+    }
+    if let Some(Tree { entries, bytes, digest }) = &manifest.root {
+        rows.push(["root difference".to_owned(), format!("{bytes} bytes in {entries} entries, {digest}")]);
     }
     for refusal in &manifest.refusals {
         rows.push([format!("not on {}", refusal.rung), refusal.why.clone()]);
