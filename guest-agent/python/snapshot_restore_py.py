@@ -8,8 +8,8 @@
     @register_after_restore
     def reconnect(): ...
 
-Hooks before a snapshot run in the reverse order of their registration, those after a restore in its order. An exception
-in one fails the snapshot, or the restore. They run in a thread of
+Hooks before a snapshot run in the reverse order of their registration, those after a restore in its order; what a hook
+registers for the same event runs, too. An exception in one fails the snapshot, or the restore. They run in a thread of
 their own.
 
 Before the hooks after a restore, and before any other thread runs, `os.environ` has the variables of the pod that the
@@ -64,6 +64,17 @@ def get_before_snapshot():
 def get_after_restore():
     """What is registered: (func, args, kwargs), in the order of registration."""
     return _after_restore
+
+
+def _last_first(hooks):
+    """Those that are registered meanwhile, too. All stay, for another snapshot."""
+    left, seen = [], 0
+    while True:
+        left += hooks[seen:]
+        seen = len(hooks)
+        if not left:
+            return
+        yield left.pop()
 
 
 def _loaded():
@@ -248,7 +259,7 @@ class _Connection:
         kind = event.get("event")
         if kind == "before-snapshot":
             self._others()
-            error = _run(reversed(_before_snapshot))
+            error = _run(_last_first(_before_snapshot))
             if error is None:
                 self._alone()
             else:

@@ -161,6 +161,44 @@ print(*sorted(set(seen)), flush=True)
     program.says("restored").await;
 }
 
+#[tokio::test]
+async fn hooks_run_in_their_order_with_what_they_were_registered_with() {
+    let Some(guest) = Guest::new() else { return };
+    let script = r#"
+import os, sys
+from snapshot_restore_py import register_before_snapshot, register_after_restore
+ran = []
+def hook(name, *, by=None):
+    ran.append(name if by is None else name + by)
+assert register_before_snapshot(hook, "b1") is hook and register_after_restore(hook, "a1", by="!") is hook
+@register_before_snapshot
+def b2():
+    ran.append("b2")
+    # Once, as a module does that is imported only here.
+    if not ran.count("b3"):
+        register_before_snapshot(hook, "b3")
+@register_after_restore
+def a2():
+    ran.append("a2-" + os.environ["POD"])
+    register_after_restore(hook, "a4")
+register_after_restore(hook, by="?", name="a3")
+assert callable(b2) and callable(a2)
+print("ready", flush=True)
+while sys.stdin.readline():
+    print(*ran, flush=True)
+    ran.clear()
+"#;
+    let mut program = guest.program(script);
+    program.says("ready").await;
+    guest.cloned(&[("POD", "web-1")]).await;
+    program.is_asked().await;
+    program.says("b2 b3 b1 a1! a2-web-1 a3? a4").await;
+    // Once more, in the order in which all of them were registered.
+    guest.cloned(&[("POD", "web-2")]).await;
+    program.is_asked().await;
+    program.says("b3 b2 b1 a1! a2-web-2 a3? a4 a4").await;
+}
+
 /// The event has no room in what is read of it at once; and text that is no ASCII.
 #[tokio::test]
 async fn a_large_environment_is_the_pods_too() {
