@@ -8,13 +8,13 @@
     @register_after_restore
     def reconnect(): ...
 
-Hooks before a snapshot run in the reverse order of their registration, those after a restore in its order. An exception
-in one fails the snapshot, or the restore. They run in a thread of their own; from the end of the former to the end of
-the latter no other thread of Python runs, except where a hook waits for something.
+Hooks before a snapshot run in the reverse order of their registration, those after a restore in its order; what a hook
+registers for the same event runs, too. An exception in one fails the snapshot, or the restore. They run in a thread of
+their own.
 
-Before the hooks after a restore, `os.environ` has the variables of the pod that the process is in now, and `random`, `ssl`
-and `numpy.random` are seeded anew if they are loaded: all of that is done for whoever imports this module, and
-`sitecustomize.py` beside it does.
+Before the hooks after a restore, and before any other thread runs, `os.environ` has the variables of the pod that the
+process is in now, and `random`, `ssl` and `numpy.random` are seeded anew if they are loaded: all of that is done for whoever
+imports this module, and `sitecustomize.py` beside it does.
 
 Where there are no snapshots, nothing is ever called. `docs/hooks.md` has the protocol, for other languages.
 """
@@ -32,8 +32,13 @@ _SOCKET = "/dev/chsnap/snapshot.sock"
 _GREETING = b'{"hooks":1}'
 # Bytes that an event may have: the environment of a pod is in it.
 _MAX_EVENT = 4 << 20
-# Seconds for which a thread runs before another one may ask for its turn, around a snapshot.
+# Bytes of one in whose time no other thread has a turn.
+_MAX_PROMPT = 64 << 10
+# Seconds for which a thread runs before another one may ask for its turn, around a snapshot. Not more: a hook that has
+# waited for something is the one that asks then.
 _LONG_TURN = 1.0
+# Modules that have random numbers, with what tells them from a program's own of such a name.
+_RANDOM = (("ssl", "RAND_add"), ("random", "SystemRandom"), ("numpy.random", "RandomState"))
 
 _before_snapshot = []
 _after_restore = []
@@ -61,15 +66,29 @@ def get_after_restore():
     return _after_restore
 
 
+def _last_first(hooks):
+    """Those that are registered meanwhile, too. All stay, for another snapshot."""
+    left, seen = [], 0
+    while True:
+        left += hooks[seen:]
+        seen = len(hooks)
+        if not left:
+            return
+        yield left.pop()
+
+
+def _loaded():
+    """Of each of those modules, it or None."""
+    modules = ((sys.modules.get(name), known) for name, known in _RANDOM)
+    return [module if hasattr(module, known) else None for module, known in modules]
+
+
 def _seed():
-    ssl = sys.modules.get("ssl")
-    if hasattr(ssl, "RAND_add"):
+    ssl, *others = _loaded()
+    if ssl:
         ssl.RAND_add(os.urandom(64), 64.0)
-    # A program's own module may have such a name, too.
-    for name, known in (("random", "SystemRandom"), ("numpy.random", "RandomState")):
-        module = sys.modules.get(name)
-        if hasattr(module, known):
-            module.seed()
+    for module in filter(None, others):
+        module.seed()
 
 
 class _Selfish:
@@ -104,6 +123,74 @@ class _Selfish:
         done = self._done(self._read, fd, buffer, size)
         return buffer.raw[:done]
 
+    def prompt(self, fd, answer, turn):
+        """What sends `answer`, waits for the event after a restore, and has variables and seeds be the pod's, all before
+        any other thread has a turn. It returns what came of the event, and whether it was followed.
+
+        A thread that wants its turn gets it between two instructions of Python, however long it has to ask for that. So
+        there are none: C calls C. All iterators here go on only then, some of them over lists that are empty until then.
+        """
+        import gc
+        import json
+        from collections import deque
+        from functools import partial
+        from itertools import chain
+        from operator import attrgetter, itemgetter, methodcaller
+
+        event, events, followed = self._buffer(_MAX_PROMPT), [], []
+        text = map(methodcaller("decode"), map(attrgetter("value"), [event]))
+        parsed = map(json.JSONDecoder().scan_once, text, [0])
+
+        def each(what):
+            return chain.from_iterable(map(what, events))
+
+        encode = methodcaller("encode", sys.getfilesystemencoding(), "surrogateescape")
+        steps = [
+            partial(self._write, fd, answer, len(answer)),
+            partial(self._read, fd, event, _MAX_PROMPT),
+            partial(events.extend, map(itemgetter("env"), map(itemgetter(0), parsed))),
+            # Of an event that is not all there, nothing came.
+            partial(events.__getitem__, 0),
+            partial(os.environ._data.update, zip(map(encode, each(dict.keys)), map(encode, each(dict.values)))),
+            partial(deque, map(os.putenv, each(dict.keys), each(dict.values)), 0),
+        ]
+        # Not by os.urandom, which gives others a turn.
+        source = open("/dev/urandom", "rb", 0)
+
+        def seed(function, made, *more):
+            buffer = self._buffer(64)
+            seeds = made(map(attrgetter("raw"), [buffer]))
+            steps.append(partial(self._read, source.fileno(), buffer, 64))
+            steps.append(partial(deque, map(function, seeds, *more), 0))
+
+        ssl, random, numpy = _loaded()
+        if ssl:
+            seed(ssl.RAND_add, iter, [64.0])
+        if random:
+            # This is all that its method does with a number.
+            shared = random.seed.__self__
+            seed(super(random.Random, shared).seed, partial(map, partial(int.from_bytes, byteorder="big")))
+            steps.append(partial(setattr, shared, "gauss_next", None))
+        if numpy:
+            seed(numpy.seed, lambda raw: map(list, map(methodcaller("cast", "I"), map(memoryview, raw))))
+        # Whoever asked meanwhile gets no long turn.
+        steps += [partial(sys.setswitchinterval, turn), partial(followed.append, True)]
+
+        def go():
+            # What is collected may have Python of its own to run.
+            collects = gc.isenabled()
+            gc.disable()
+            try:
+                deque(map(methodcaller("__call__"), steps), 0)
+            except Exception:
+                pass  # It is for Python to do, then, and to tell.
+            if collects:
+                gc.enable()
+            source.close()
+            return event.value, bool(followed)
+
+        return go
+
 
 class _Plain:
     """Of a Python without ctypes: other threads have their turns."""
@@ -129,6 +216,7 @@ class _Connection:
         self._selfish = None
         self._read = _Plain.read
         self._turn = None
+        self._followed = False
 
     def line(self):
         while b"\n" not in self._rest:
@@ -140,10 +228,7 @@ class _Connection:
         return line
 
     def answer(self, error):
-        import json
-
-        answer = {"ok": True} if error is None else {"ok": False, "error": error[-8192:]}
-        self._selfish.write(self._fd, json.dumps(answer).encode() + b"\n")
+        self._selfish.write(self._fd, _answer(error))
 
     def serve(self):
         try:
@@ -173,31 +258,51 @@ class _Connection:
         event = json.loads(line)
         kind = event.get("event")
         if kind == "before-snapshot":
-            error = _run(reversed(_before_snapshot))
+            self._others()
+            error = _run(_last_first(_before_snapshot))
             if error is None:
                 self._alone()
-            self.answer(error)
+            else:
+                self.answer(error)
         elif kind == "after-restore":
-            error = _run([(os.environ.update, (event.get("env", {}),), {}), (_seed, (), {})] + _after_restore)
+            error = None
+            if not self._followed:
+                error = _run([(os.environ.update, (event.get("env", {}),), {}), (_seed, (), {})])
+            if error is None and _after_restore:
+                sys.setswitchinterval(_LONG_TURN)
+                error = _run(_after_restore)
             self._others()
             self.answer(error)
         else:
             self.answer("there is no event %r" % (kind,))
 
     def _alone(self):
-        """From here on no other thread has a turn."""
-        if self._turn is None:
-            self._turn = sys.getswitchinterval()
-            sys.setswitchinterval(_LONG_TURN)
-            # Whoever has asked for a turn already gets it now.
-            time.sleep(0)
+        """Answers. From then on no other thread has a turn, until variables and seeds are the pod's."""
+        self._turn = sys.getswitchinterval()
+        sys.setswitchinterval(_LONG_TURN)
+        # Whoever has asked for a turn already gets it now.
+        time.sleep(0)
         self._read = self._selfish.read
+        try:
+            go = self._selfish.prompt(self._fd, _answer(None), self._turn)
+        except Exception:  # No ctypes, or a Python in which something is otherwise.
+            self.answer(None)
+        else:
+            self._rest, self._followed = go()
 
     def _others(self):
         self._read = _Plain.read
+        self._followed = False
         if self._turn is not None:
             sys.setswitchinterval(self._turn)
             self._turn = None
+
+
+def _answer(error):
+    import json
+
+    answer = {"ok": True} if error is None else {"ok": False, "error": error[-8192:]}
+    return json.dumps(answer).encode() + b"\n"
 
 
 def _run(hooks):

@@ -42,6 +42,18 @@ async fn a_frozen_container_gets_another_name() {
     agent.delete("c").await.unwrap();
 }
 
+#[tokio::test]
+async fn a_process_that_has_ended_is_not_saved() {
+    need_root!();
+    let agent = Agent::start().await;
+    agent.run("t", &agent.shell("exit 4")).await;
+    agent.wait("t", "").await;
+    let request = FreezeRequest { container_id: "t".into(), ..Default::default() };
+    let said = refusal(agent.client.freeze(soon(), &request).await).1;
+    assert_eq!(said, "the process ended with status 4 after it was ready, before it could be saved");
+    agent.delete("t").await.unwrap();
+}
+
 /// As by the OOM killer: no report, and its end of the pipe is closed.
 #[test]
 fn a_helper_that_is_killed_half_way_is_no_success() {

@@ -1,11 +1,12 @@
 //! Containers that stand still: made in a template, and let go in a machine that was restored from it.
 
-use std::{os::fd::AsFd, sync::Arc};
+use std::{os::fd::AsFd, sync::Arc, time::Duration};
 
 use nix::{
     fcntl::{OFlag, open},
     sys::stat::Mode,
 };
+use tokio::time::timeout;
 
 use super::{
     CgroupError, Container, ContainerError, Containers, check_id,
@@ -15,7 +16,7 @@ use super::{
     spec::{Linux, Mount, Resources},
 };
 use crate::{
-    process::{Birth, Launching, Pending, Process},
+    process::{Birth, Exit, Launching, Pending, Process},
     sys::Namespaces,
 };
 
@@ -39,6 +40,25 @@ impl Containers {
     /// If something goes on.
     pub async fn freeze(&self, id: &str) -> Result<(), ContainerError> {
         Ok(self.get(id)?.cgroup.freeze().await?)
+    }
+
+    /// How the process of the container ended, if it is none of those that stand still.
+    ///
+    /// # Errors
+    /// If that cannot be told.
+    pub async fn ended(&self, id: &str) -> Result<Option<Exit>, ContainerError> {
+        // Between its last moment there and its end nothing but the kernel is left of it.
+        const LATEST: Duration = Duration::from_secs(1);
+        let container = self.get(id)?;
+        let pid = container.init.pid().and_then(|pid| u32::try_from(pid).ok());
+        if container.cgroup.processes()?.into_iter().any(|process| Some(process) == pid) {
+            return Ok(None);
+        }
+        match timeout(LATEST, container.init.wait()).await {
+            Ok(exit) => Ok(Some(exit?)),
+            // It has gone to another cgroup.
+            Err(_elapsed) => Ok(None),
+        }
     }
 
     /// Lets everything in the container go on.

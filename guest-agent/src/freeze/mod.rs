@@ -51,6 +51,8 @@ pub enum FreezeError {
     NoSign,
     #[error("the process ended with status {0} before it was ready")]
     Ended(u32),
+    #[error("the process ended with status {0} after it was ready, before it could be saved")]
+    EndedSince(u32),
     #[error(
         "the process was not ready within {ms} ms: it waits, having written more to its output than is kept for whoever \
          reads it after a restore"
@@ -78,9 +80,12 @@ impl Coded for FreezeError {
         match self {
             Self::NoSign => Code::INVALID_ARGUMENT,
             // Not DEADLINE_EXCEEDED: that would say that the agent did not answer.
-            Self::Late { .. } | Self::Talkative { .. } | Self::Ended(_) | Self::Hooks(_) | Self::Removed(_) => {
-                Code::FAILED_PRECONDITION
-            }
+            Self::Late { .. }
+            | Self::Talkative { .. }
+            | Self::Ended(_)
+            | Self::EndedSince(_)
+            | Self::Hooks(_)
+            | Self::Removed(_) => Code::FAILED_PRECONDITION,
             Self::Caches(_) | Self::Epoch(_) => Code::INTERNAL,
             Self::Container(e) => e.code(),
         }
@@ -142,10 +147,14 @@ impl Freezer {
     /// Makes the guest fit to be saved, and tells which files of the share are open in it.
     ///
     /// # Errors
-    /// If a hook fails, or something does not stop.
+    /// If a hook fails, something does not stop, or the process has ended.
     pub async fn freeze(&self, containers: &Containers, request: &FreezeRequest) -> Result<Vec<PathBuf>, FreezeError> {
         self.hooks.run(&Event::BeforeSnapshot, Duration::from_millis(request.hooks_ms.into())).await?;
         containers.freeze(&request.container_id).await?;
+        // A container without processes stands still, too.
+        if let Some(exit) = containers.ended(&request.container_id).await? {
+            return Err(FreezeError::EndedSince(exit.status));
+        }
         if !self.in_vm {
             return Ok(Vec::new());
         }

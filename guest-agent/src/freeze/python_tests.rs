@@ -4,7 +4,7 @@ use std::{process::Stdio, time::Duration};
 
 use tempfile::TempDir;
 use tokio::{
-    io::{AsyncBufReadExt, BufReader, Lines},
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines},
     process::{Child, ChildStdin, ChildStdout, Command},
 };
 
@@ -22,11 +22,15 @@ struct Guest {
 struct Program {
     said: Lines<BufReader<ChildStdout>>,
     /// Kept open, and it goes on.
-    _told: ChildStdin,
+    told: ChildStdin,
     _child: Child,
 }
 
 impl Program {
+    async fn is_asked(&mut self) {
+        self.told.write_all(b"\n").await.unwrap();
+    }
+
     async fn says(&mut self, line: &str) {
         let said = tokio::time::timeout(LONG, self.said.next_line()).await.unwrap().unwrap();
         assert_eq!(said.as_deref(), Some(line));
@@ -59,7 +63,7 @@ impl Guest {
         let mut python = self.python(script);
         let mut child = python.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let said = BufReader::new(child.stdout.take().unwrap()).lines();
-        Program { said, _told: child.stdin.take().unwrap(), _child: child }
+        Program { said, told: child.stdin.take().unwrap(), _child: child }
     }
 
     /// Has the processes saved, and restored with `env`.
@@ -113,6 +117,108 @@ sys.stdin.read()
     assert!(!guest.hooks.is_empty());
     guest.cloned(&[("POD", "web-1")]).await;
     program.says("web-1 False").await;
+}
+
+/// Threads that want their turn all the time, and one that held it back for longer than any of them waits in peace.
+#[tokio::test]
+async fn no_thread_sees_another_pods_variables_or_seeds_after_a_restore() {
+    let Some(guest) = Guest::new() else { return };
+    let script = r#"
+import os, random, ssl, sys, threading, time
+seen, go_on = [], True
+random.seed(1)
+old = random.getstate()[1]
+def busy():
+    last = time.monotonic()
+    while go_on:
+        now = time.monotonic()
+        # Variables, seeds and variables: none of them may be new without the others.
+        before, state, after = os.environ.get("POD"), random.getstate()[1] != old, os.environ.get("POD")
+        if now - last > 3:
+            seen.append("restored" if before and state else "too early")
+        last = now
+        if state != bool(before) and state != bool(after):
+            seen.append("half")
+threads = [threading.Thread(target=busy) for _ in range(2)]
+for thread in threads:
+    thread.start()
+print("busy", flush=True)
+sys.stdin.readline()
+go_on = False
+for thread in threads:
+    thread.join()
+print(*sorted(set(seen)), flush=True)
+"#;
+    let mut program = guest.program(script);
+    program.says("busy").await;
+    guest.hooks.run(&Event::BeforeSnapshot, LONG).await.unwrap();
+    // Longer than a thread waits while the other one has its turn.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let env = [("POD", "web-1")].into();
+    guest.hooks.run(&Event::AfterRestore { env, epoch: "e", hostname: "h" }, LONG).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    program.is_asked().await;
+    program.says("restored").await;
+}
+
+#[tokio::test]
+async fn hooks_run_in_their_order_with_what_they_were_registered_with() {
+    let Some(guest) = Guest::new() else { return };
+    let script = r#"
+import os, sys
+from snapshot_restore_py import register_before_snapshot, register_after_restore
+ran = []
+def hook(name, *, by=None):
+    ran.append(name if by is None else name + by)
+assert register_before_snapshot(hook, "b1") is hook and register_after_restore(hook, "a1", by="!") is hook
+@register_before_snapshot
+def b2():
+    ran.append("b2")
+    # Once, as a module does that is imported only here.
+    if not ran.count("b3"):
+        register_before_snapshot(hook, "b3")
+@register_after_restore
+def a2():
+    ran.append("a2-" + os.environ["POD"])
+    register_after_restore(hook, "a4")
+register_after_restore(hook, by="?", name="a3")
+assert callable(b2) and callable(a2)
+print("ready", flush=True)
+while sys.stdin.readline():
+    print(*ran, flush=True)
+    ran.clear()
+"#;
+    let mut program = guest.program(script);
+    program.says("ready").await;
+    guest.cloned(&[("POD", "web-1")]).await;
+    program.is_asked().await;
+    program.says("b2 b3 b1 a1! a2-web-1 a3? a4").await;
+    // Once more, in the order in which all of them were registered.
+    guest.cloned(&[("POD", "web-2")]).await;
+    program.is_asked().await;
+    program.says("b3 b2 b1 a1! a2-web-2 a3? a4 a4").await;
+}
+
+/// The event has no room in what is read of it at once; and text that is no ASCII.
+#[tokio::test]
+async fn a_large_environment_is_the_pods_too() {
+    let Some(guest) = Guest::new() else { return };
+    let script = r#"
+import os, random, sys
+random.seed(1)
+print("ready", flush=True)
+while sys.stdin.readline():
+    name = os.environ.get("WHO")
+    print(name == "wèb", os.getenv("WHO") == name == os.environb[b"WHO"].decode("utf-8"), len(os.environ.get("LONG", "")),
+          os.popen("printf %s $WHO").read() == name, random.random() == random.Random(1).random(), flush=True)
+"#;
+    let mut program = guest.program(script);
+    program.says("ready").await;
+    for length in [3, 100_000] {
+        guest.cloned(&[("WHO", "wèb"), ("LONG", &"x".repeat(length))]).await;
+        program.is_asked().await;
+        program.says(&format!("True True {length} True False")).await;
+    }
 }
 
 #[tokio::test]

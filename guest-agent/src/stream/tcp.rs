@@ -10,8 +10,8 @@ use std::{
 use nix::{
     errno::Errno,
     sys::socket::{
-        AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, connect as connect_socket,
-        getsockopt, setsockopt, socket, sockopt,
+        AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, SockaddrStorage,
+        connect as connect_socket, getpeername, getsockname, getsockopt, setsockopt, socket, sockopt,
     },
 };
 use ttrpc::Code;
@@ -109,7 +109,68 @@ async fn establish(family: AddressFamily, address: &(dyn SockaddrLike + Sync)) -
     let channel = Channel::new(fd, Kind::Tcp)?;
     let _ = channel.fd.writable().await?;
     match getsockopt(channel.fd.get_ref(), sockopt::SocketError)? {
+        0 if is_own_peer(channel.fd.get_ref())? => Err(io::ErrorKind::ConnectionRefused.into()),
         0 => Ok(channel),
         errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
+/// Where nobody listens on a port from which the kernel takes those of clients, it may take that very one, and connects
+/// the socket to itself. Nothing of that stays: who listens there next needs the port.
+fn is_own_peer(fd: &OwnedFd) -> io::Result<bool> {
+    let own: SockaddrStorage = getsockname(fd.as_raw_fd())?;
+    let is_own = match getpeername::<SockaddrStorage>(fd.as_raw_fd()) {
+        Ok(peer) => peer == own,
+        // It has hung up.
+        Err(Errno::ENOTCONN) => false,
+        Err(e) => return Err(e.into()),
+    };
+    if is_own {
+        setsockopt(fd, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
+    }
+    Ok(is_own)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, net::TcpListener, process::Command};
+
+    use nix::sched::{CloneFlags, unshare};
+    use tokio::runtime::Builder;
+
+    use super::*;
+
+    /// A network with one port for clients.
+    fn in_network_of(port: u16, test: impl FnOnce() + Send + 'static) {
+        if !nix::unistd::geteuid().is_root() {
+            chsnap_test_skip::skip_without_setup("not root: a network namespace is needed");
+            return;
+        }
+        let network = move || {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            assert!(Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap().success());
+            fs::write("/proc/sys/net/ipv4/ip_local_port_range", format!("{port} {port}")).unwrap();
+            test();
+        };
+        std::thread::spawn(network).join().unwrap();
+    }
+
+    #[test]
+    fn nobody_listens_where_the_agent_meets_itself() {
+        const PORT: u16 = 40_000;
+        in_network_of(PORT, || {
+            let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+            for _ in 0..3 {
+                let result = runtime.block_on(probe(PORT));
+                assert!(matches!(result, Err(ConnectError::Refused(PORT))), "{result:?}");
+            }
+            // Without SO_REUSEADDR, as whoever knows nothing of it.
+            let server = socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap();
+            nix::sys::socket::bind(server.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, PORT)).unwrap();
+            drop(server);
+            let other = TcpListener::bind(("127.0.0.1", 8080)).unwrap();
+            runtime.block_on(probe(8080)).unwrap();
+            drop(other);
+        });
     }
 }
