@@ -79,9 +79,12 @@ impl Guest {
 async fn who_forks_and_ends_has_hung_up() {
     let Some(guest) = Guest::new() else { return };
     let script = r#"
-import os, sys, snapshot_restore_py
+import os, sys, time, snapshot_restore_py
+first = os.getpid()
 if os.fork():
     os._exit(0)
+while os.getppid() == first:
+    time.sleep(0.01)
 snapshot_restore_py.register_before_snapshot(lambda: print("before", flush=True))
 worker = os.fork()
 if not worker:
@@ -185,8 +188,10 @@ register_after_restore(hook, by="?", name="a3")
 assert callable(b2) and callable(a2)
 print("ready", flush=True)
 while sys.stdin.readline():
-    print(*ran, flush=True)
+    said = ran[:]
+    # Before the guest may go on.
     ran.clear()
+    print(*said, flush=True)
 "#;
     let mut program = guest.program(script);
     program.says("ready").await;
