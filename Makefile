@@ -2,7 +2,7 @@
 DESTDIR ?=
 PREFIX ?= /usr/local
 
-.PHONY: help setup build image demo test check bench install clean node test-node test-matrix test-badcases
+.PHONY: help setup build image demo test check bench install clean node test-node test-matrix test-badcases test-powercut
 
 help:
 	@echo 'make demo       run a Python service as a microVM on a private containerd, and take it down again'
@@ -16,6 +16,7 @@ help:
 	@echo '                CHSNAP_CLOUD_HYPERVISOR_AMD64=, _ARM64= binaries of Cloud Hypervisor; PATIENCE=4 NAME='
 	@echo 'make test-matrix  test-node on both, with both VMMs, which takes hours; writes docs/matrix.md'
 	@echo 'make test-badcases  what can go wrong with a node: one clear line each, nothing left; ARCH=amd64|arm64'
+	@echo 'make test-powercut  what a store of snapshots is after a power cut, in a node; ARCH=amd64|arm64 CUTS=4'
 	@echo 'make install    DESTDIR= PREFIX=/usr/local'
 	@echo 'make clean      remove everything that was made'
 
@@ -53,6 +54,9 @@ test-matrix:
 
 test-badcases:
 	@hack/node/badcases.sh
+
+test-powercut:
+	@hack/node/powercut.sh
 
 install:
 	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' hack/install.sh

@@ -14,7 +14,7 @@
 #   test             runs the integration tests in it: node/test.sh
 #
 # With no command: RUN='cmd' as `run` does, else `shell`. NAME=x keeps another node beside the first.
-# TIMEOUT=s limits a command, CPUS=2 and MEMORY=6G are the node's size.
+# TIMEOUT=s limits a command, CPUS=2 and MEMORY=6G are the node's size. DISK=file is a disk more, /dev/vdb, which stays.
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -104,9 +104,10 @@ why_gone() {
 boot() {
   local pid deadline left clock='' path
   # They go onto the node's command line, and into QEMU's options.
-  for path in "$ROOT" "$TARGET"; do
+  for path in "$ROOT" "$TARGET" "${DISK:-}"; do
     [[ $path != *[[:space:],]* ]] || die "a node cannot have blanks or commas in the path $path: move the checkout, or set CHSNAP_TARGET"
   done
+  [ -z "${DISK:-}" ] || [ -f "$DISK" ] || die "DISK=$DISK: there is no such file"
   no_node
   # Two would format one disk.
   take_lock "node-${STATE##*/}"
@@ -127,7 +128,7 @@ boot() {
   # Nor does QEMU bear a second CPU that uses devices while the first one sets some up: it comes later (maxcpus=1).
   setsid python3 "$ROOT/hack/node/machine.py" --arch "$ARCH" --state "$STATE" --sockets "$SOCKETS" \
     --qemu "$QEMU" --virtiofsd "$BIN/virtiofsd" --cpu "$MODEL" --cpus "$CPUS" --memory "$MEMORY" \
-    --kernel "$KERNEL" --initrd "$STATE/initramfs" --cache always --with $$ \
+    --kernel "$KERNEL" --initrd "$STATE/initramfs" --cache always --with $$ ${DISK:+--disk "$DISK"} \
     --append "console=$CONSOLE quiet panic=-1 mitigations=off init_on_alloc=1 maxcpus=1 cryptomgr.notests node.project=$ROOT node.target=$TARGET node.out=$OUT $clock ${APPEND:-}" \
     --share "root:ro:$SHARED_ROOT" --share "project:ro:$ROOT" --share "target:ro:$SHARED_TARGET" --share "out:rw:$OUT" \
     </dev/null >"$STATE/keeper.log" 2>&1 9>&- &

@@ -103,6 +103,8 @@ class Machine:
             "-device", "virtio-serial-pci",
             "-pidfile", f"{a.state}/qemu.pid",
         ]  # fmt: skip
+        if a.disk:
+            argv += ["-drive", f"if=none,id=disk,file={a.disk},format=raw", "-device", "virtio-blk-pci,drive=disk"]
         for n in range(wire.PORTS):
             argv += [
                 "-chardev", f"socket,id=port{n},path={sockets}/port{n},server=on,wait=off",
@@ -184,6 +186,7 @@ def main():
     for name in ["arch", "state", "sockets", "qemu", "virtiofsd", "cpu", "memory", "kernel", "initrd", "append", "cache"]:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--cpus", type=int, default=2)
+    parser.add_argument("--disk")
     parser.add_argument("--with", dest="bound", type=int, default=0)
     parser.add_argument("--share", action="append", default=[], metavar="TAG:ro|rw:DIRECTORY")
     args = parser.parse_args()
