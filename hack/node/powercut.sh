@@ -4,7 +4,7 @@
 # In a node whose disk outlives it, snapshots are published and removed, two at a time, until the node is killed; what its
 # kernel had not written by then is lost, as in a power cut. Then another node with that disk looks: what was said to be
 # published is there, everything that is there is whole, nothing else stays. CUTS=4 times. At last a base snapshot is built
-# for real and the power cut behind its builder's last word.
+# for real and the power cut behind its builder's last word. CHSNAP_NO_BUILD=1 takes what has been built.
 set -euo pipefail
 # shellcheck source=hack/lib.sh
 . "$(dirname "$0")/../lib.sh"
@@ -24,6 +24,10 @@ trap finish EXIT
 
 target=()
 [ "$ARCH" = "$(host_arch)" ] || target=(--target "$(rust_triple "$ARCH")")
+if [ -z "${CHSNAP_NO_BUILD:-}" ]; then
+  "$ROOT/hack/setup.sh"
+  "$ROOT/hack/build.sh"
+fi
 "$NODE" prepare
 say "building what publishes, for $ARCH"
 (
