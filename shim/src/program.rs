@@ -53,6 +53,13 @@ impl Scout {
         Self { memory, freshness, patience: config.deadlines.boot.duration() }
     }
 
+    /// One that leaves nothing where a configuration that is none may not have meant it to.
+    #[must_use]
+    pub fn fleeting() -> Self {
+        let patience = Config::default().deadlines.boot.duration();
+        Self { memory: Memory::fleeting(), freshness: Freshness::Now, patience }
+    }
+
     /// The version that `read` finds in the first line of what `program` says; else what was wrong.
     pub(crate) async fn version(&mut self, program: &Path, read: fn(&str) -> Option<String>) -> Result<String, String> {
         let remembered = (self.freshness == Freshness::Remembered).then(|| self.memory.version(program)).flatten();

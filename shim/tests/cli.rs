@@ -183,7 +183,11 @@ fn doctor_on_a_bare_host_names_what_is_missing() {
 
 #[test]
 fn doctor_finds_a_wrong_configuration_and_looks_on() {
+    // Where the file says that findings are kept is not known, so they are not.
+    let kept = || fs::metadata("/run/chsnap/host.json").and_then(|meta| meta.modified()).ok();
+    let before = kept();
     let output = doctor("/nowhere", "[guest]\ndefault_memory = '1MiB'\n", &["--json"]);
+    assert_eq!(kept(), before);
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(report["checks"][0]["status"], "missing");
     let found = report["checks"][0]["found"].as_str().unwrap();

@@ -77,8 +77,9 @@ impl Check {
 /// Looks at everything, under the configuration that a container would get.
 pub async fn examine(explicit: Option<&Path>) -> Report {
     let (config, configuration) = configuration(explicit);
+    let usable = configuration.status == Status::Ok;
+    let mut scout = if usable { Scout::new(&config, Freshness::Now) } else { Scout::fleeting() };
     let mut checks = vec![configuration, host::root(), host::kernel(), host::size(&config), host::cgroups()];
-    let mut scout = Scout::new(&config, Freshness::Now);
     let survey = vmm::survey(&config.vmm, &mut scout).await;
     checks.extend(machine::checks(&survey));
     checks.push(programs::virtiofsd(&config.share, &mut scout).await);

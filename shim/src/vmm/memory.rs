@@ -23,7 +23,8 @@ const MAX_PROGRAMS: usize = 16;
 /// Findings, and where they are kept.
 #[derive(Debug)]
 pub struct Memory {
-    path: PathBuf,
+    /// None where nothing is kept.
+    path: Option<PathBuf>,
     findings: Findings,
 }
 
@@ -73,7 +74,12 @@ impl Memory {
             serde_json::from_slice(&ours.then(|| fs::read(&path).ok())??).ok()
         };
         let findings = read().unwrap_or_default();
-        Self { path, findings }
+        Self { path: Some(path), findings }
+    }
+
+    /// For this once.
+    pub fn fleeting() -> Self {
+        Self { path: None, findings: Findings::default() }
     }
 
     /// Whether KVM works, if that is known.
@@ -147,13 +153,14 @@ impl Memory {
 
     /// By rename, as several shims may do it at once. One that loses its findings finds them again.
     fn store(&self) {
+        let Some(path) = &self.path else { return };
         let store = || -> io::Result<()> {
-            let dir = self.path.parent().unwrap_or(Path::new("/"));
+            let dir = path.parent().unwrap_or(Path::new("/"));
             fs::create_dir_all(dir)?;
-            files::replace(&self.path, &serde_json::to_vec(&self.findings)?)
+            files::replace(path, &serde_json::to_vec(&self.findings)?)
         };
         if let Err(error) = store() {
-            log::debug!("cannot remember findings in {:?}: {error}", self.path);
+            log::debug!("cannot remember findings in {path:?}: {error}");
         }
     }
 }
