@@ -123,9 +123,9 @@ class _Selfish:
         done = self._done(self._read, fd, buffer, size)
         return buffer.raw[:done]
 
-    def prompt(self, fd, answer, turn):
-        """What sends `answer`, waits for the event after a restore, and has variables and seeds be the pod's, all before
-        any other thread has a turn. It returns what came of the event, and whether it was followed.
+    def prompt(self, fd, answer, done, turn):
+        """What sends `answer`, waits for the event after a restore, has variables and seeds be the pod's, and sends `done`,
+        all before any other thread has a turn. It returns what came of the event, and whether it was followed.
 
         A thread that wants its turn gets it between two instructions of Python, however long it has to ask for that. So
         there are none: C calls C. All iterators here go on only then, some of them over lists that are empty until then.
@@ -173,8 +173,10 @@ class _Selfish:
             steps.append(partial(setattr, shared, "gauss_next", None))
         if numpy:
             seed(numpy.seed, lambda raw: map(list, map(methodcaller("cast", "I"), map(memoryview, raw))))
-        # Whoever asked meanwhile gets no long turn.
-        steps += [partial(sys.setswitchinterval, turn), partial(followed.append, True)]
+        # Whoever has a turn next may replace the program, which would hang up on who has not answered.
+        steps += [partial(followed.append, True), partial(self._write, fd, done, len(done))]
+        # Nor does whoever asked meanwhile get a long one.
+        steps.append(partial(sys.setswitchinterval, turn))
 
         def go():
             # What is collected may have Python of its own to run.
@@ -217,6 +219,7 @@ class _Connection:
         self._read = _Plain.read
         self._turn = None
         self._followed = False
+        self._hooks = False
 
     def line(self):
         while b"\n" not in self._rest:
@@ -265,14 +268,16 @@ class _Connection:
             else:
                 self.answer(error)
         elif kind == "after-restore":
-            error = None
-            if not self._followed:
+            error, followed = None, self._followed
+            hooks = self._hooks if followed else _after_restore
+            if not followed:
                 error = _run([(os.environ.update, (event.get("env", {}),), {}), (_seed, (), {})])
-            if error is None and _after_restore:
+            if error is None and hooks:
                 sys.setswitchinterval(_LONG_TURN)
                 error = _run(_after_restore)
             self._others()
-            self.answer(error)
+            if hooks or not followed:
+                self.answer(error)
         else:
             self.answer("there is no event %r" % (kind,))
 
@@ -283,8 +288,11 @@ class _Connection:
         # Whoever has asked for a turn already gets it now.
         time.sleep(0)
         self._read = self._selfish.read
+        # With none to run, it is answered at once.
+        self._hooks = bool(_after_restore)
+        done = b"" if self._hooks else _answer(None)
         try:
-            go = self._selfish.prompt(self._fd, _answer(None), self._turn)
+            go = self._selfish.prompt(self._fd, _answer(None), done, self._turn)
         except Exception:  # No ctypes, or a Python in which something is otherwise.
             self.answer(None)
         else:

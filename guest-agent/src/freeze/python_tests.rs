@@ -164,6 +164,27 @@ print(*sorted(set(seen)), flush=True)
     program.says("restored").await;
 }
 
+/// Which is no hanging up, where there are no hooks.
+#[tokio::test]
+async fn a_program_that_is_replaced_at_once_has_answered() {
+    let Some(guest) = Guest::new() else { return };
+    let script = r#"
+import os
+print("ready", flush=True)
+while "POD" not in os.environ:
+    pass
+os.execvp("echo", ["echo", "replaced"])
+"#;
+    let mut program = guest.program(script);
+    program.says("ready").await;
+    guest.hooks.run(&Event::BeforeSnapshot, LONG).await.unwrap();
+    // By then it has asked for its turn.
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    let env = [("POD", "web-1")].into();
+    guest.hooks.run(&Event::AfterRestore { env, epoch: "e", hostname: "h" }, LONG).await.unwrap();
+    program.says("replaced").await;
+}
+
 #[tokio::test]
 async fn hooks_run_in_their_order_with_what_they_were_registered_with() {
     let Some(guest) = Guest::new() else { return };
