@@ -132,6 +132,7 @@ class _Selfish:
         """
         import gc
         import json
+        import signal
         from collections import deque
         from functools import partial
         from itertools import chain
@@ -178,14 +179,19 @@ class _Selfish:
         # Nor does whoever asked meanwhile get a long one.
         steps.append(partial(sys.setswitchinterval, turn))
 
+        signals = getattr(signal, "valid_signals", lambda: range(1, signal.NSIG))()
+
         def go():
             # What is collected may have Python of its own to run.
             collects = gc.isenabled()
             gc.disable()
+            # Nor is the wait to be interrupted: a signal goes to any thread.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
             try:
                 deque(map(methodcaller("__call__"), steps), 0)
             except Exception:
                 pass  # It is for Python to do, then, and to tell.
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if collects:
                 gc.enable()
             source.close()

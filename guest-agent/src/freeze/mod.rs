@@ -6,6 +6,7 @@
 
 mod held;
 mod hooks;
+mod kept;
 #[cfg(test)]
 mod python_tests;
 mod ready;
@@ -53,6 +54,8 @@ pub enum FreezeError {
     Ended(u32),
     #[error("the process ended with status {0} after it was ready, before it could be saved")]
     EndedSince(u32),
+    #[error("cannot tell what the container keeps in memory")]
+    Kept(#[source] io::Error),
     #[error(
         "the process was not ready within {ms} ms: it waits, having written more to its output than is kept for whoever \
          reads it after a restore"
@@ -86,7 +89,7 @@ impl Coded for FreezeError {
             | Self::EndedSince(_)
             | Self::Hooks(_)
             | Self::Removed(_) => Code::FAILED_PRECONDITION,
-            Self::Caches(_) | Self::Epoch(_) => Code::INTERNAL,
+            Self::Caches(_) | Self::Epoch(_) | Self::Kept(_) => Code::INTERNAL,
             Self::Container(e) => e.code(),
         }
     }
@@ -144,7 +147,8 @@ impl Freezer {
         }
     }
 
-    /// Makes the guest fit to be saved, and tells which files of the share are open in it.
+    /// Makes the guest fit to be saved, and tells at which places a pod is not to have files of its own: of what is open of the
+    /// share, and of what the container keeps in memory.
     ///
     /// # Errors
     /// If a hook fails, something does not stop, or the process has ended.
@@ -158,9 +162,11 @@ impl Freezer {
         if !self.in_vm {
             return Ok(Vec::new());
         }
-        let open = held::open().map_err(FreezeError::Removed)?;
+        let mut places = held::open().map_err(FreezeError::Removed)?;
+        let pid = containers.process(&request.container_id, "")?.pid().unwrap_or(0);
+        places.append(&mut kept::kept(pid).map_err(FreezeError::Kept)?);
         let_go()?;
-        Ok(open)
+        Ok(places)
     }
 
     /// Makes what was frozen a container of this machine.

@@ -112,7 +112,7 @@ pub enum StartError {
         source: io::Error,
     },
     /// What the process holds may be another file here.
-    #[error("the saved process has {path:?} open, and this container has files of its own there")]
+    #[error("the saved process holds {path:?}, open or in memory, and this container has files of its own there")]
     Covered {
         /// By its path in the container.
         path: PathBuf,

@@ -121,6 +121,14 @@ impl Plan {
         self.mounts.iter().any(|mount| matches!(mount, Wanted::Bind(_)))
     }
 
+    /// Where something of the host's is to be bound, as it is written.
+    pub fn bound(&self) -> impl Iterator<Item = &Path> {
+        self.mounts.iter().filter_map(|mount| match mount {
+            Wanted::Bind(bind) => Some(bind.destination.as_path()),
+            Wanted::Guest(_) => None,
+        })
+    }
+
     /// Whether it is said to be a pod's, where there may be others.
     #[must_use]
     pub fn in_a_pod(&self) -> bool {

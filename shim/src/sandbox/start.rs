@@ -1,7 +1,12 @@
 //! From what a pod is made of to a guest with its first container: the ways of doing that are tried one after the
 //! other, each with a virtiofsd and a VMM of its own, of which nothing is left when it fails.
 
-use std::{fs, path::Path, time::Duration};
+use std::{
+    fs,
+    os::unix::fs::{FileTypeExt, MetadataExt},
+    path::Path,
+    time::Duration,
+};
 
 use chsnap_protocol::{
     FIRST_HOME,
@@ -119,6 +124,8 @@ impl Stage<'_> {
         let Some((seed, difference)) = candidate.seed() else {
             return self.with_root(candidate, share, self.first.rootfs, phases).await;
         };
+        // Else what goes into a copied root would have to be taken out of it again, which takes as long as copying it anew.
+        covered(candidate, || self.first.plan.bound())?;
         let taken = match seed.root.begin(self.first.rootfs, &difference).await {
             Ok(rootfs) => self.with_root(candidate, share, &rootfs, phases).await,
             Err(error) => Err(error.into()),
@@ -138,7 +145,8 @@ impl Stage<'_> {
         phases: &mut Phases,
     ) -> Result<(Box<dyn Vm>, Virtiofsd, Met), StartError> {
         let (spec_json, division) = add_root(share, FIRST_HOME, rootfs, self.first)?;
-        let served = match covered(candidate, &division) {
+        // Once more where links in the root have led.
+        let served = match covered(candidate, || division.bound()) {
             Ok(()) => self.serve(candidate, share, &Root { spec_json, division }, phases).await,
             Err(error) => Err(error),
         };
@@ -243,29 +251,32 @@ impl Stage<'_> {
     }
 }
 
-/// Refuses to restore a process that has a file open, or has written one, at whose place this container has another.
-fn covered(candidate: &Candidate, division: &Division) -> Result<(), StartError> {
+/// Refuses to restore a process that holds a file, or has written one, at one of the `places` where this container has another.
+fn covered<'a, P: Iterator<Item = &'a Path>>(candidate: &Candidate, places: impl Fn() -> P) -> Result<(), StartError> {
     let Candidate::Restore(Kind::Image, restore) = candidate else { return Ok(()) };
     let dir = restore.snapshot.dir();
     let held = Held::read(dir).map_err(|source| StartError::Held { path: dir.into(), source })?;
-    if let Some(path) = held.at(division.bound()) {
+    if let Some(path) = held.at(places()) {
         return Err(StartError::Covered { path: path.into() });
     }
     let difference = dir.join(ROOT);
-    match division.bound().find(|place| is_written(&difference, place)) {
+    match places().find(|place| is_written(&difference, place)) {
         Some(path) => Err(StartError::Hidden { path: path.into() }),
         None => Ok(()),
     }
 }
 
-/// Whether there is more in the difference than an empty directory or file, which a mount needs to be there.
+/// Whether there is more in the difference than an empty directory or file, which a mount needs to be there, or what marks that
+/// something was removed, which a mount does as well.
 fn is_written(difference: &Path, place: &Path) -> bool {
+    let is_whiteout = |meta: &fs::Metadata| meta.file_type().is_char_device() && meta.rdev() == 0;
     let path = difference.join(place.strip_prefix("/").unwrap_or(place));
     let Ok(meta) = fs::symlink_metadata(&path) else { return false };
-    match meta.is_dir() {
-        true => fs::read_dir(&path).is_ok_and(|mut entries| entries.next().is_some()),
-        false => !meta.is_file() || meta.len() > 0,
+    if meta.is_dir() {
+        let mut entries = fs::read_dir(&path).into_iter().flatten().flatten();
+        return entries.any(|entry| !entry.metadata().is_ok_and(|meta| is_whiteout(&meta)));
     }
+    !is_whiteout(&meta) && (!meta.is_file() || meta.len() > 0)
 }
 
 fn init_to_ready(info: &InfoResponse) -> Duration {
@@ -274,6 +285,8 @@ fn init_to_ready(info: &InfoResponse) -> Duration {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::stat::{Mode, SFlag, mknod};
+
     use super::*;
 
     #[test]
@@ -294,8 +307,15 @@ mod tests {
         fs::write(at("hosts"), "").unwrap();
         fs::write(at("words"), "1").unwrap();
         std::os::unix::fs::symlink("data", at("link")).unwrap();
+        for name in ["gone", "data/gone"] {
+            let made = mknod(&at(name), SFlag::S_IFCHR, Mode::empty(), 0);
+            if made.is_err() {
+                chsnap_test_skip::skip_without_setup("not root: overlayfs marks what is removed with a device");
+                return;
+            }
+        }
         let written = |place: &str| is_written(difference.path(), Path::new(place));
         assert!(["/cache", "/words", "/link"].into_iter().all(written));
-        assert!(!["/data", "/cache/empty", "/hosts", "/none"].into_iter().any(written));
+        assert!(!["/data", "/gone", "/cache/empty", "/hosts", "/none"].into_iter().any(written));
     }
 }

@@ -284,7 +284,12 @@ time.sleep(1000)";
     finished(env)?;
     first.remove()?;
     let own = make().flags(["--mount", &mount]).start()?;
-    is(env, &own, "base", "the saved process has \"/etc/hosts\" open, and this container has files of its own there")?;
+    is(
+        env,
+        &own,
+        "base",
+        "the saved process holds \"/etc/hosts\", open or in memory, and this container has files of its own there",
+    )?;
     ensure!(own.sh("cat /etc/hosts")? == "127.0.0.1 of-the-pod");
     own.remove()?;
     // Nor over what it has written: in the root, where the host sees it, and in a file system of the guest's.
@@ -295,7 +300,7 @@ time.sleep(1000)";
             "/srv/cache",
             "the saved process has written to \"/srv/cache\", where this container has something of its own",
         ),
-        ("/run/kept", "mount over \"/run/kept\", to which the process has written before it was saved"),
+        ("/run/kept", "the saved process holds \"/run/kept/model\", open or in memory"),
     ] {
         let mount = format!("type=bind,src={},dst={place},options=rbind:rw", volume.display());
         let own = make().flags(["--mount", &mount]).start()?;
