@@ -242,8 +242,6 @@ pub(super) fn set_capabilities(sets: &CapabilitySets) -> Step {
 mod tests {
     use std::{ffi::CString, fs, os::unix::ffi::OsStrExt};
 
-    use super::*;
-
     #[test]
     fn what_has_been_written_to_is_told() {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
