@@ -4,7 +4,7 @@
 use std::{
     fs,
     os::unix::fs::{FileTypeExt, MetadataExt},
-    path::Path,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -27,7 +27,7 @@ use crate::{
     agent::{Agent, AgentError},
     program::{Freshness, Scout},
     share::{self, RootMount, Share, Virtiofsd, VirtiofsdProgram},
-    snapshot::{Held, Kind, ROOT},
+    snapshot::Held,
     state::Way,
     task::chain,
     vmm::{self, BootError, Vm, VmSpec},
@@ -122,12 +122,14 @@ impl Stage<'_> {
     ) -> Result<(Box<dyn Vm>, Virtiofsd, Met), StartError> {
         let share = self.ground.share.as_ref().ok_or(StartError::NoShare)?;
         let Some((seed, difference)) = candidate.seed() else {
-            return self.with_root(candidate, share, self.first.rootfs, phases).await;
+            return self.with_root(candidate, share, self.first.rootfs, None, phases).await;
         };
+        let places = Places::read(difference)?;
         // Else what goes into a copied root would have to be taken out of it again, which takes as long as copying it anew.
-        covered(candidate, || self.first.plan.bound())?;
-        let taken = match seed.root.begin(self.first.rootfs, &difference).await {
-            Ok(rootfs) => self.with_root(candidate, share, &rootfs, phases).await,
+        places.leave_free(|| self.first.plan.bound())?;
+        let difference = &places.difference;
+        let taken = match seed.root.begin(self.first.rootfs, difference).await {
+            Ok(rootfs) => self.with_root(candidate, share, &rootfs, Some(&places), phases).await,
             Err(error) => Err(error.into()),
         };
         if taken.is_err() {
@@ -142,11 +144,12 @@ impl Stage<'_> {
         candidate: &Candidate,
         share: &Share,
         rootfs: &[RootMount],
+        places: Option<&Places>,
         phases: &mut Phases,
     ) -> Result<(Box<dyn Vm>, Virtiofsd, Met), StartError> {
         let (spec_json, division) = add_root(share, FIRST_HOME, rootfs, self.first)?;
         // Once more where links in the root have led.
-        let served = match covered(candidate, || division.bound()) {
+        let served = match places.map_or(Ok(()), |places| places.leave_free(|| division.bound())) {
             Ok(()) => self.serve(candidate, share, &Root { spec_json, division }, phases).await,
             Err(error) => Err(error),
         };
@@ -251,18 +254,29 @@ impl Stage<'_> {
     }
 }
 
-/// Refuses to restore a process that holds a file, or has written one, at one of the `places` where this container has another.
-fn covered<'a, P: Iterator<Item = &'a Path>>(candidate: &Candidate, places: impl Fn() -> P) -> Result<(), StartError> {
-    let Candidate::Restore(Kind::Image, restore) = candidate else { return Ok(()) };
-    let dir = restore.snapshot.dir();
-    let held = Held::read(dir).map_err(|source| StartError::Held { path: dir.into(), source })?;
-    if let Some(path) = held.at(places()) {
-        return Err(StartError::Covered { path: path.into() });
+/// Where a saved process holds files, and has written some.
+struct Places {
+    held: Held,
+    difference: PathBuf,
+}
+
+impl Places {
+    /// Those of the snapshot with that root difference.
+    fn read(difference: PathBuf) -> Result<Self, StartError> {
+        let dir = difference.parent().unwrap_or(&difference);
+        let held = Held::read(dir).map_err(|source| StartError::Held { path: dir.into(), source })?;
+        Ok(Self { held, difference })
     }
-    let difference = dir.join(ROOT);
-    match places().find(|place| is_written(&difference, place)) {
-        Some(path) => Err(StartError::Hidden { path: path.into() }),
-        None => Ok(()),
+
+    /// Refuses to restore the process where this container has something bound at one of those.
+    fn leave_free<'a, P: Iterator<Item = &'a Path>>(&self, bound: impl Fn() -> P) -> Result<(), StartError> {
+        if let Some(path) = self.held.at(bound()) {
+            return Err(StartError::Covered { path: path.into() });
+        }
+        match bound().find(|place| is_written(&self.difference, place)) {
+            Some(path) => Err(StartError::Hidden { path: path.into() }),
+            None => Ok(()),
+        }
     }
 }
 
