@@ -6,7 +6,7 @@
 //! the disk when, and under which names, is what a machine's would be.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::VecDeque,
     env,
     error::Error,
     fs::{self, File},
@@ -15,10 +15,11 @@ use std::{
     path::Path,
 };
 
-use chsnap::{
-    snapshot::{Inputs, Kind, Process, ROOT, Store, VmmBuild},
-    vmm::{Accelerator, Rung, VmmKind},
-};
+use chsnap::snapshot::{ROOT, Store};
+use inputs::inputs;
+
+#[path = "../tests/inputs/mod.rs"]
+mod inputs;
 
 /// So many are there at a time.
 const KEPT: usize = 4;
@@ -67,33 +68,4 @@ fn fill(dir: &Path, number: u32) -> io::Result<()> {
     fs::write(root.join("secret"), "0")?;
     fs::set_permissions(root.join("secret"), fs::Permissions::from_mode(0o600))?;
     symlink("secret", root.join("link"))
-}
-
-fn inputs(number: u32) -> Inputs {
-    let process = Process {
-        chain_id: format!("sha256:{number}"),
-        args: vec!["python3".into()],
-        cwd: "/".into(),
-        user: "0:0".into(),
-        env: BTreeMap::new(),
-        ready: "notify".into(),
-        streams: String::new(),
-        rest: String::new(),
-    };
-    Inputs {
-        kind: Kind::Image,
-        process: Some(process),
-        vcpus: 1,
-        memory_mib: 64,
-        kernel: "k".into(),
-        initramfs: "i".into(),
-        cmdline: vec![],
-        vmm: VmmBuild { kind: VmmKind::Qemu, accelerator: Accelerator::Kvm, version: "0".into(), program: "p".into() },
-        virtiofsd: ("0".into(), "v".into()),
-        cache: "auto".into(),
-        rung: Rung::Standard,
-        host_kernel: "none".into(),
-        cpu: "none".into(),
-        chsnap: "0".into(),
-    }
 }

@@ -2,7 +2,6 @@
 #![allow(clippy::unwrap_used)] // The helpers are test code too.
 
 use std::{
-    collections::BTreeMap,
     fs,
     os::unix::fs::PermissionsExt,
     path::PathBuf,
@@ -11,11 +10,14 @@ use std::{
 };
 
 use chsnap::{
-    snapshot::{Inputs, Key, Kind, Process, Refusal, Store, VmmBuild},
-    vmm::{Accelerator, Rung, VmmKind},
+    snapshot::{Key, Refusal, Store},
+    vmm::Rung,
 };
+use inputs::inputs;
 use serde_json::Value;
 use tempfile::TempDir;
+
+mod inputs;
 
 struct Host {
     dir: TempDir,
@@ -64,39 +66,6 @@ impl Host {
 
     fn file(&self, key: &Key, name: &str) -> PathBuf {
         self.dir.path().join("snapshots").join(key.as_str()).join(name)
-    }
-}
-
-fn inputs(vcpus: u32) -> Inputs {
-    Inputs {
-        kind: Kind::Image,
-        process: Some(Process {
-            chain_id: "sha256:1".into(),
-            args: vec!["python3".into(), "app.py".into()],
-            cwd: "/".into(),
-            user: "0:0".into(),
-            env: BTreeMap::new(),
-            ready: "notify".into(),
-            streams: String::new(),
-            rest: String::new(),
-        }),
-        vcpus,
-        memory_mib: 512,
-        kernel: "k".into(),
-        initramfs: "i".into(),
-        cmdline: vec![],
-        vmm: VmmBuild {
-            kind: VmmKind::CloudHypervisor,
-            accelerator: Accelerator::Kvm,
-            version: "53.0".into(),
-            program: "p".into(),
-        },
-        virtiofsd: ("1.14.0".into(), "v".into()),
-        cache: "auto".into(),
-        rung: Rung::NoPmu,
-        host_kernel: "6.12 #1".into(),
-        cpu: "Neoverse-N1".into(),
-        chsnap: "0.1.0".into(),
     }
 }
 
